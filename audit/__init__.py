@@ -1,0 +1,1 @@
+"""Trusts nobody: reads evidence and recomputes."""

@@ -1,0 +1,1 @@
+"""All that runs beside a merchant's customers."""

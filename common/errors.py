@@ -1,0 +1,56 @@
+"""Every error Hansa raises on purpose, in one tree.
+
+    HansaError
+    ├── ContractError     a contract file, or a value in it, cannot be used
+    ├── PolicyError       a merchant's own file (merchant.toml) cannot be used
+    ├── DataError         a customer table, or a built-in data set, cannot be used
+    ├── WireError         a message is not what the protocol says
+    ├── LedgerError       the ledger cannot be read or written
+    │   └── BudgetRefusal a charge would pass the merchant's cap
+    ├── AccountingError   an epsilon or a noise multiplier cannot be given safely
+    ├── RunError          a federated run cannot start or go on
+    └── BundleError       a published bundle is incomplete or was changed
+
+Messages name what was wrong, where, and what to do. They never hold a value of a
+customer's row: the text of an exception may travel to the server.
+"""
+
+
+class HansaError(Exception):
+    """Report something a person can put right."""
+
+
+class ContractError(HansaError):
+    """A contract file, or a value in it, cannot be used."""
+
+
+class PolicyError(HansaError):
+    """A merchant's own file cannot be used."""
+
+
+class DataError(HansaError):
+    """A customer table or a built-in data set cannot be used."""
+
+
+class WireError(HansaError):
+    """A message is not what the protocol says."""
+
+
+class LedgerError(HansaError):
+    """The ledger cannot be read or written."""
+
+
+class BudgetRefusal(LedgerError):
+    """A charge would pass the merchant's cap."""
+
+
+class AccountingError(HansaError):
+    """An epsilon or a noise multiplier cannot be given safely."""
+
+
+class RunError(HansaError):
+    """A federated run cannot start or go on."""
+
+
+class BundleError(HansaError):
+    """A published bundle is incomplete or was changed."""

@@ -1,0 +1,1 @@
+"""Hansa: merchants learn customer segments together and keep their books."""

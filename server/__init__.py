@@ -1,0 +1,1 @@
+"""All that runs at the coordinator."""

@@ -1,0 +1,106 @@
+"""What a simulation and a comparison found, as frozen values.
+
+The report, the closing table and the JSON are written from these values and nothing else.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.contract import Contract
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One training round."""
+
+    round: int  # 1-based
+    cohort: int  # merchants whose answers were summed
+    epsilon: float  # spent so far under the contract's delta, the most of any merchant
+    accuracy: float | None  # noisy, on held-out customers; None where the round had no evaluation
+    accuracy_error: float | None  # one standard deviation of the noise in `accuracy`
+
+
+@dataclass(frozen=True)
+class MerchantRecord:
+    """One merchant after the run. `customers` is known to the simulator and never travels."""
+
+    id: str
+    customers: int
+    epsilon: float  # of all its releases, towards whoever sees sums
+    epsilon_server: float  # of all its releases, towards whoever sees its single messages
+    accuracy: float | None  # from its own noisy evaluation message; covered by epsilon_server
+    accuracy_error: float | None
+    refused: str | None  # why it did not (or not to the end) take part
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """A published segment: noisy share and profile."""
+
+    id: int
+    name: str
+    share: float | None  # None: suppressed, too few to tell from noise
+    share_error: float | None
+    action: str
+    profile: dict[str, dict[str, float | str | None]]  # feature -> {typical, low, high, unit}
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """A finished run."""
+
+    run: str
+    data: str
+    contract: Contract
+    seed: int | None  # not None: repeatable, so the noise is guessable; not for release
+    rounds: tuple[RoundRecord, ...]
+    merchants: tuple[MerchantRecord, ...]
+    confusion: tuple[tuple[float, ...], ...]  # noisy counts, rows = true, columns = predicted
+    metrics: dict[str, float]  # noisy: accuracy, accuracy_error, macro_f1
+    segments: tuple[SegmentRecord, ...]
+    epsilon: float
+    epsilon_server: float
+    epsilon_recomputed: float  # the independent second opinion on `epsilon`
+    delta: float
+    spent: dict[str, float]  # purpose -> epsilon of that purpose alone
+    secure: bool
+    bundle: Path
+    seconds: float
+    peak_mib: float
+    notes: tuple[str, ...] = field(default=())  # plain sentences a reader must see
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds."""
+
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One method at one epsilon."""
+
+    method: str  # majority | last-period | alone | distributed | local | pooled
+    epsilon: float | None  # None: no privacy
+    accuracy: Spread
+    macro_f1: Spread
+    auc: Spread
+    by_size: tuple[Spread, ...]  # accuracy in each of `Comparison.sizes`
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods on the same splits."""
+
+    data: str
+    partition: str
+    label: str
+    seeds: int
+    merchants: int
+    customers: int  # training customers, pooled, mean over seeds
+    delta: float
+    sizes: tuple[str, ...]  # names of the merchant-size groups, small to large
+    rows: tuple[ComparisonRow, ...]
+    notes: tuple[str, ...] = ()
