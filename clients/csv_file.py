@@ -1,0 +1,140 @@
+"""Read the wanted columns of a CSV file as text, and say exactly where it is broken.
+
+The header is checked before anything else is read; one pass over the bytes then finds what a
+parser would hide or report vaguely: NUL bytes, text that is not UTF-8, a quote that is never
+closed, and whether rows and lines can be told one from the other.
+"""
+
+import codecs
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from clients.rows import Source, Wanted, choose, refuse_empty
+from common.errors import DataError
+
+MAX_HEADER_BYTES = 1 << 20
+_SCANNED_BYTES = 1 << 20
+_PARSED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What one pass over the bytes tells: lines, and whether every row is one line."""
+
+    lines: int
+    plain: bool
+
+
+def read_csv(path: Path, wanted: Wanted) -> Source:
+    """Read the wanted columns of a comma-separated UTF-8 file; empty cells become null.
+
+    Raises:
+        DataError: The file is empty, is not UTF-8, is ragged, or lacks a column.
+    """
+    chosen = choose(_header(path), wanted, path.name)
+    scan = _scan(path)
+    table = _parse(path, chosen, scan)
+    refuse_empty(table.num_rows, path.name)
+    columns = {name: table[name] for name in chosen}
+    # Blank lines and line breaks in cells only ever add lines, so this equality is exact.
+    return Source(path.name, columns, table.num_rows, lines=scan.lines == table.num_rows + 1)
+
+
+def _header(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        block = file.read(MAX_HEADER_BYTES + 1)
+    if not block.strip():
+        raise DataError(f"{path.name}: the file is empty; write column names and rows into it")
+    too_long = f"{path.name}: the line of column names is longer than 1 MiB; is this a CSV file?"
+    if len(block) > MAX_HEADER_BYTES and b"\n" not in block and b"\r" not in block:
+        raise DataError(too_long)
+    text = block.decode("utf-8-sig", errors="replace")
+    try:
+        return next((row for row in csv.reader(io.StringIO(text, newline="")) if row), [])
+    except csv.Error:
+        raise DataError(too_long) from None
+
+
+def _scan(path: Path) -> _Scan:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = lines = quotes = 0
+    plain, tail = True, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(_SCANNED_BYTES):
+            if (at := block.find(b"\0")) >= 0:
+                line = lines + block.count(b"\n", 0, at) + 1
+                raise DataError(
+                    f"{path.name}: there is a NUL byte at byte {offset + at} (line {line}); "
+                    "save the file as plain UTF-8 text"
+                )
+            try:
+                pending = len(decoder.getstate()[0])
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                at = max(error.start - pending, 0)
+                line = lines + block.count(b"\n", 0, at) + 1
+                _refuse_encoding(path, offset - pending + error.start, line)
+            around = tail + block
+            quotes += block.count(b'"')
+            plain = plain and not (quotes or b"\n\n" in around or b"\n\r\n" in around)
+            lines += block.count(b"\n")
+            offset += len(block)
+            tail = around[-2:]
+    if decoder.getstate()[0]:
+        _refuse_encoding(path, offset - len(decoder.getstate()[0]), lines + 1)
+    if quotes % 2:
+        raise DataError(f"{path.name}: a quotation mark is never closed; close it or double it")
+    return _Scan(lines + (not tail.endswith(b"\n")), plain)
+
+
+def _refuse_encoding(path: Path, offset: int, line: int) -> None:
+    raise DataError(
+        f"{path.name}: the text is not UTF-8 at byte {offset} (line {line}); "
+        "save the file as UTF-8"
+    )
+
+
+def _parse(path: Path, chosen: list[str], scan: _Scan) -> pa.Table:
+    try:
+        return _parsed(path, chosen, [], threads=True)
+    except pa.ArrowInvalid:
+        ragged: list[pa_csv.InvalidRow] = []
+    try:
+        # Only a single thread knows the number of the row.
+        return _parsed(path, chosen, ragged, threads=False)
+    except pa.ArrowInvalid:
+        if not ragged:
+            raise DataError(
+                f"{path.name}: this is not a comma-separated table; check its quotation marks"
+            ) from None
+        broken = ragged[0]
+        line = f" (line {broken.number})" if scan.plain else ""
+        raise DataError(
+            f"{path.name}: row {broken.number - 1}{line} has {broken.actual_columns} cells, "
+            f"expected {broken.expected_columns} as in the line of column names"
+        ) from None
+
+
+def _parsed(
+    path: Path, chosen: list[str], ragged: list[pa_csv.InvalidRow], *, threads: bool
+) -> pa.Table:
+    def note(row: pa_csv.InvalidRow) -> str:
+        ragged.append(row)
+        return "error"
+
+    return pa_csv.read_csv(
+        path,
+        read_options=pa_csv.ReadOptions(use_threads=threads, block_size=_PARSED_BYTES),
+        parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+        convert_options=pa_csv.ConvertOptions(
+            include_columns=chosen,
+            column_types={name: pa.string() for name in chosen},
+            null_values=[""],
+            strings_can_be_null=True,
+        ),
+    )

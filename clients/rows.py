@@ -1,0 +1,119 @@
+"""Named Arrow columns of a merchant's rows, whatever they were read from.
+
+What is refused is refused by source, row and column: messages name columns by the names that
+the contract and `merchant.toml` use, and never repeat a cell.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import pandas as pd
+import pyarrow as pa
+
+from common.errors import DataError
+
+MAX_COLUMNS = 10_000
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Names of the columns to read; `optional` ones may be absent."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Columns of R rows, and how to tell a person where a row is.
+
+    Attributes:
+        name: What messages call the source, usually the file's name.
+        columns: The wanted columns that exist.
+        rows: R.
+        lines: Whether row r (from 1) is exactly line r + 1 of the file.
+    """
+
+    name: str
+    columns: Mapping[str, pa.ChunkedArray]
+    rows: int
+    lines: bool = False
+
+    def refuse(self, row: int, column: str, problem: str) -> NoReturn:
+        """Raise a DataError about one cell.
+
+        Args:
+            row: Position in the columns, from 0.
+            column: Name of the column.
+            problem: What is wrong and what to do, without the cell's value.
+        """
+        line = f" (line {row + 2})" if self.lines else ""
+        raise DataError(f"{self.name}: row {row + 1}{line}, column '{column}': {problem}")
+
+
+def frame_source(frame: pd.DataFrame, name: str, wanted: Wanted) -> Source:
+    """Take the wanted columns of a frame in memory.
+
+    Raises:
+        DataError: The frame has no rows, or lacks a column.
+    """
+    header = [str(column) for column in frame.columns]
+    chosen = choose(header, wanted, name)
+    refuse_empty(len(frame), name)
+    columns = {column: arrow_column(frame.iloc[:, header.index(column)]) for column in chosen}
+    return Source(name, columns, len(frame))
+
+
+def choose(header: Sequence[str], wanted: Wanted, name: str) -> list[str]:
+    """Choose the wanted columns of a header.
+
+    Raises:
+        DataError: There are absurdly many columns, one is missing, or one is there twice.
+    """
+    if len(header) > MAX_COLUMNS:
+        raise DataError(
+            f"{name}: expected at most {MAX_COLUMNS} columns, got {len(header)}; "
+            "is it one row a customer?"
+        )
+    known = set(header)
+    for column in wanted.required:
+        if column not in known:
+            hint = _hint(column, header, known.intersection(wanted.required))
+            raise DataError(f"{name}: the column '{column}' is missing; {hint}")
+    chosen = [c for c in dict.fromkeys(wanted.required + wanted.optional) if c in known]
+    for column in chosen:
+        if header.count(column) > 1:
+            raise DataError(
+                f"{name}: the column '{column}' is there {header.count(column)} times; "
+                "keep one of them"
+            )
+    return chosen
+
+
+def refuse_empty(rows: int, name: str) -> None:
+    """Raise a DataError if there are no rows."""
+    if rows == 0:
+        raise DataError(f"{name}: there are no rows, only column names; add the customers' rows")
+
+
+def arrow_column(series: "pd.Series[Any]") -> pa.ChunkedArray:
+    """Turn a column in memory into Arrow; cells of several types become texts."""
+    try:
+        cells = pa.array(series, from_pandas=True)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        texts = [None if pd.isna(cell) is True else str(cell) for cell in series]
+        cells = pa.array(texts, type=pa.large_string())
+    return cells if isinstance(cells, pa.ChunkedArray) else pa.chunked_array([cells])
+
+
+def _hint(column: str, header: Sequence[str], found: set[str]) -> str:
+    """Say what the column may be called, unless the header could be a row of data."""
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        return "separate the cells by commas, not by semicolons or tabs"
+    near = difflib.get_close_matches(column, header, n=3, cutoff=0.6) if found else []
+    if near:
+        names = " or ".join(f"'{name}'" for name in near)
+        return f"did you mean {names}? Map it under [columns] in merchant.toml"
+    return "add it, or map another one to it under [columns] in merchant.toml"

@@ -1,0 +1,97 @@
+"""The clipped gradient sum of a merchant's customers.
+
+The per-customer gradient is never materialised: for a fully connected layer with inputs a
+and output gradients d, a customer's gradient is the outer product of d and (a, 1), its squared
+norm is |d|^2 (|a|^2 + 1), and the clipped sum is one weighted matrix product a layer
+("book-keeping", Bu et al. 2023, "Differentially private optimization on large model at small
+cost"). float64 throughout, so that rounding to the lattice is the only rounding that counts.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from common.network import Network
+from common.noise import NoiseSource
+
+# (network, theta, inputs, labels, clip_norm) -> sum of clipped gradients
+GradientSum = Callable[
+    [
+        Network,
+        Float[np.ndarray, " P"],
+        Float[np.ndarray, "R F"],
+        Int[np.ndarray, " R"],
+        float,
+    ],
+    Float[np.ndarray, " P"],
+]
+
+_BLOCK_ROWS = 8192  # bounds the memory of activations
+
+
+@torch.inference_mode()
+def clipped_gradient_sum(
+    network: Network,
+    theta: Float[np.ndarray, " P"],
+    x: Float[np.ndarray, "R F"],
+    y: Int[np.ndarray, " R"],
+    clip_norm: float,
+) -> Float[np.ndarray, " P"]:
+    """Sum each customer's cross-entropy gradient, clipped to L2 norm `clip_norm`.
+
+    Guarantee: one customer moves the result by at most `clip_norm` in L2 (the clipping factor
+    is Opacus' `min(1, C / (norm + 1e-6))`). No customers give the zero vector.
+
+    Args:
+        network: Shape of the model.
+        theta: Flat parameters.
+        x: Model inputs, one customer a row.
+        y: Segment ids.
+        clip_norm: L2 bound C, in the unit of the gradient.
+    """
+    total = np.zeros(network.size)
+    sums = [torch.from_numpy(layer) for layer in network.layers(total)]
+    weights = [torch.from_numpy(layer) for layer in network.layers(np.array(theta))]
+    for start in range(0, len(x), _BLOCK_ROWS):
+        stop = start + _BLOCK_ROWS
+        inputs, deltas = _backward(
+            network, weights, torch.from_numpy(x[start:stop]), torch.from_numpy(y[start:stop])
+        )
+        squares = sum(
+            d.square().sum(1) * (a.square().sum(1) + 1.0)
+            for a, d in zip(inputs, deltas, strict=True)
+        )
+        factor = (clip_norm / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp_(max=1.0)
+        for a, d, layer in zip(inputs, deltas, sums, strict=True):
+            d *= factor[:, None]
+            layer[:, :-1] += d.T @ a
+            layer[:, -1] += d.sum(0)
+    return total
+
+
+def _backward(
+    network: Network, weights: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return every layer's inputs [B, in] and output gradients [B, out]."""
+    relu = network.activation == "relu"
+    inputs = [x]
+    for layer in weights[:-1]:
+        z = torch.addmm(layer[:, -1], inputs[-1], layer[:, :-1].T)
+        inputs.append(z.clamp_(min=0.0) if relu else z.tanh_())
+    delta = torch.addmm(weights[-1][:, -1], inputs[-1], weights[-1][:, :-1].T).softmax(1)
+    delta[torch.arange(len(y)), y] -= 1.0
+    deltas = [delta]
+    for layer, out in zip(weights[:0:-1], inputs[:0:-1], strict=True):
+        back = deltas[-1] @ layer[:, :-1]
+        deltas.append(back.mul_(out > 0) if relu else back.mul_(1.0 - out.square()))
+    deltas.reverse()
+    return inputs, deltas
+
+
+def sampled(
+    count: int, sampling_rate: float, noise: NoiseSource
+) -> Bool[np.ndarray, " R"] | slice:
+    """Choose the customers of one step: all, or each with chance `sampling_rate` (Poisson)."""
+    return slice(None) if sampling_rate == 1.0 else noise.chosen(count, sampling_rate)

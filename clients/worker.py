@@ -1,0 +1,238 @@
+"""A merchant's side of a run: charge, compute, add noise, answer.
+
+The worker alone holds rows, budget and ledger. It takes from a message the run's name, the
+stage, the round, the attempt, the noisy customer average and the model's parameters, nothing
+else: clip norm, noise, rounds and stages come from the contract that this merchant pinned, the
+cap from its own policy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from clients.release import noisy_sum
+from clients.training import GradientSum, clipped_gradient_sum, sampled
+from common.contract import Contract
+from common.errors import BudgetRefusal, HansaError, LedgerError, WireError
+from common.fixed_point import from_lattice, lattice_step, to_lattice
+from common.ledger import Ledger, Occasion
+from common.models import validate_for_privacy
+from common.network import network_of
+from common.noise import NoiseSource
+from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, plan_of
+from common.wire import Attest, Attested, SumAnswer, SumRequest
+
+NoiseFor = Callable[[str, int, int], NoiseSource]  # (stage, round, attempt) -> stream of its own
+LOCAL_STEP = 2.0**-30  # lattice of a local model update, in the unit of the parameters
+
+
+@dataclass(frozen=True)
+class Customers:
+    """A merchant's customers as model inputs (R customers, F inputs)."""
+
+    inputs: Float[np.ndarray, "R F"]
+    labels: Int[np.ndarray, " R"]  # -1: not known
+    held_out: np.ndarray  # bool [R]
+
+    def part(self, *, held_out: bool) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, " N"]]:
+        """Return inputs and labels of the labelled customers on one side of the split."""
+        chosen = (self.held_out == held_out) & (self.labels >= 0)
+        return np.ascontiguousarray(self.inputs[chosen]), self.labels[chosen]
+
+
+def os_noise(_stage: str, _round: int, _attempt: int) -> NoiseSource:
+    """Return a fresh stream keyed by the operating system: the source of every real merchant."""
+    return NoiseSource.fresh()
+
+
+def seeded_noise(seed: int, merchant: str) -> NoiseFor:
+    """Return repeatable streams, for simulations only: whoever knows the seed knows the noise."""
+    return lambda stage, number, attempt: NoiseSource.seeded(seed, merchant, stage, number, attempt)
+
+
+class Worker:
+    """Answers the coordinator for one merchant.
+
+    Args:
+        merchant: The merchant's id.
+        contract: The contract this merchant pinned.
+        customers: Its customers.
+        ledger: Its ledger, with its own cap.
+        accept_unmasked_sums: Whether its policy accepts sums without secure aggregation.
+        noise_for: Source of the noise of each release.
+
+    Raises:
+        ContractError: Opacus finds that the model cannot be trained privately.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        merchant: str,
+        contract: Contract,
+        customers: Customers,
+        ledger: Ledger,
+        *,
+        accept_unmasked_sums: bool,
+        noise_for: NoiseFor = os_noise,
+    ) -> None:
+        self.merchant = merchant
+        self.contract = contract
+        self.ledger = ledger
+        self._accept_unmasked_sums = accept_unmasked_sums
+        self._noise_for = noise_for
+        self._plan = plan_of(contract)
+        self._network = network_of(contract)
+        self._train = customers.part(held_out=False)
+        self._test = customers.part(held_out=True)
+        self._everyone = customers.inputs
+        self._gradient_sum = _engine(contract)
+        self._contract_sha256 = contract.sha256
+        validate_for_privacy(self._network)
+        torch.set_num_threads(1)  # small batches are slower, and not repeatable, with more
+
+    def attest(self, message: Attest) -> Attested:
+        """Say whether this merchant takes part; nothing about customers is in the answer."""
+        try:
+            self._check_contract(message.contract)
+            if not self._accept_unmasked_sums:
+                raise BudgetRefusal(
+                    "this contract sums without secure aggregation and the merchant's policy "
+                    "does not accept that (accept_unmasked_sums = false)"
+                )
+            self.ledger.check_affordable(self._plan.events())
+        except HansaError as refusal:
+            return Attested(self.merchant, str(refusal))
+        return Attested(self.merchant, "")
+
+    def answer(self, request: SumRequest) -> SumAnswer:
+        """Return this merchant's noisy part of a sum, charged before it is computed."""
+        try:
+            release = self._checked(request)
+            self.ledger.charge(
+                Occasion(
+                    request.run, request.stage, request.round, request.attempt, request.contract
+                ),
+                release.event,
+                release.towards_server(self.contract.noise_contributors),
+            )
+        except (WireError, LedgerError) as refusal:
+            return SumAnswer(self.merchant, str(refusal), np.zeros(0, dtype=np.int64))
+        noise = self._noise_for(request.stage, request.round, request.attempt)
+        if request.stage == UPDATE and self.contract.training.mode == "local":
+            vector = self._local_update(release, request, noise)
+        else:
+            vector = self._noisy(release, self._exact(release, request), noise)
+        return SumAnswer(self.merchant, "", vector)
+
+    def _checked(self, request: SumRequest) -> Release:
+        """Return the planned release that a request asks for."""
+        self._check_contract(request.contract)
+        if not self._accept_unmasked_sums:
+            raise WireError("this merchant does not accept sums without secure aggregation")
+        rounds = self.contract.training.rounds
+        release = self._plan.release_of(request.stage, request.round, rounds)
+        if release is None:
+            raise WireError(f"field 'stage': the contract knows no stage '{request.stage[:40]}'")
+        if request.round > rounds:
+            raise WireError(f"field 'round': the contract ends after {rounds} rounds")
+        theta = request.parameters
+        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) < 1e6):  # noqa: PLR2004
+            raise WireError(
+                f"field 'vector': expected {self._network.size} finite model parameters"
+            )
+        return release
+
+    def _check_contract(self, sha256: str) -> None:
+        if sha256 != self._contract_sha256:
+            raise WireError(
+                f"field 'contract': this merchant pinned contract {self._contract_sha256[:16]}…, "
+                "the run has another; compare the files"
+            )
+
+    def _exact(self, release: Release, request: SumRequest) -> Float[np.ndarray, " P"]:
+        """Return the exact sum over this merchant's customers; it must not leave as it is."""
+        if request.stage == CENSUS:
+            return np.array([float(len(self._train[0]))])
+        if request.stage == EVALUATION:
+            return confusion_counts(
+                self._test[1],
+                self._network.predictions(request.parameters, self._test[0]),
+                len(self.contract.segments.names),
+            )
+        if request.stage == PROFILE:
+            predicted = self._network.predictions(request.parameters, self._everyone)
+            return profile_sums(self._everyone, predicted, len(self.contract.segments.names))
+        return self._gradient_sum(
+            self._network, request.parameters, *self._train, release.event.sensitivity
+        )
+
+    def _noisy(
+        self,
+        release: Release,
+        exact: Float[np.ndarray, " P"],
+        noise: NoiseSource,
+    ) -> Int[np.ndarray, " P"]:
+        return noisy_sum(
+            exact,
+            sensitivity=release.event.sensitivity,
+            noise_multiplier=release.event.noise_multiplier,
+            contributors=self.contract.noise_contributors,
+            noise=noise,
+        )
+
+    def _local_update(
+        self, release: Release, request: SumRequest, noise: NoiseSource
+    ) -> Int[np.ndarray, " P"]:
+        """Take this merchant's own DP-SGD steps and return the model's change.
+
+        Steps are divided by the noisy average number of customers, never by this merchant's
+        own exact number; the change is post-processing of the noisy sums.
+        """
+        training, clip_norm = self.contract.training, release.event.sensitivity
+        batch = max(request.customers_per_merchant, 1.0) * training.sampling_rate
+        start, theta = request.parameters, request.parameters.copy()
+        for _ in range(training.local_steps):
+            rows = sampled(len(self._train[1]), training.sampling_rate, noise)
+            x, y = self._train[0][rows], self._train[1][rows]
+            exact = self._gradient_sum(self._network, theta, x, y, clip_norm)
+            gradient = from_lattice(self._noisy(release, exact, noise), lattice_step(clip_norm))
+            pull = training.proximal * (theta - start)
+            theta = theta - training.local_learning_rate * (gradient / batch + pull)
+        limit = 2.0**20  # keeps every sum of updates inside int64
+        return to_lattice(np.clip(theta - start, -limit, limit), LOCAL_STEP)
+
+
+def _engine(contract: Contract) -> GradientSum:
+    if contract.training.engine == "opacus":
+        from clients.training_opacus import clipped_gradient_sum_opacus
+
+        return clipped_gradient_sum_opacus
+    return clipped_gradient_sum
+
+
+def confusion_counts(
+    labels: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], segments: int
+) -> Float[np.ndarray, " SS"]:
+    """Count (true, predicted) pairs, row-major; one customer moves one count by one."""
+    return np.bincount(labels * segments + predicted, minlength=segments**2).astype(np.float64)
+
+
+def profile_sums(
+    x: Float[np.ndarray, "R F"], predicted: Int[np.ndarray, " R"], segments: int
+) -> Float[np.ndarray, " S1F"]:
+    """Sum, for each segment, (1, x) scaled so that one customer adds at most 1 in L2.
+
+    Inputs lie in [-1, 1]; the count gets half of the squared norm and the F inputs the rest,
+    so that counts, which everything else is divided by, are the most exact.
+    """
+    inputs = x.shape[1]
+    rows = np.concatenate(
+        [np.full((len(x), 1), np.sqrt(0.5)), np.clip(x, -1.0, 1.0) * np.sqrt(0.5 / inputs)], axis=1
+    )
+    sums = np.zeros((segments, 1 + inputs))
+    for segment in range(segments):
+        sums[segment] = rows[predicted == segment].sum(axis=0)
+    return sums.ravel()

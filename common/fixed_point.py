@@ -1,0 +1,58 @@
+"""Numbers on a lattice: what leaves a merchant is a vector of integers.
+
+Integers add up exactly and in any order, so a sum over merchants is the same whoever adds
+first, and the low-order bits of floating point tell nothing (Mironov 2012).
+
+Noise on the lattice. Let every merchant round its clipped sum and, separately, its Gaussian
+noise share to multiples of one step, and add the two integers. The sum over merchants is then
+an integer vector plus m rounded Gaussians. A Gaussian with standard deviation s >> 1 (in
+steps), rounded, has the probabilities of (Gaussian + uniform on [-1/2, 1/2]) at the integers,
+and convolving m of them commutes with sampling up to a factor 1 + exp(-2 pi^2 s^2): with
+s >= 1000 steps that is 10^-8,000,000. So the total noise is one Gaussian plus independent
+uniforms, which is post-processing of the Gaussian. What rounding costs is sensitivity:
+see `lattice_sensitivity`.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from common.errors import WireError
+
+STEPS_PER_UNIT = 2**20  # lattice steps in one sensitivity
+MIN_NOISE_STEPS = 1000.0  # below this the argument above is not made
+_LIMIT = 2**52  # integers that float64 holds exactly, with room to spare in int64 sums
+
+
+def to_lattice(values: Float[np.ndarray, " P"], step: float) -> Int[np.ndarray, " P"]:
+    """Round to multiples of `step` and return the multiples (int64).
+
+    Raises:
+        WireError: A value is not finite or too large for the lattice.
+    """
+    scaled = np.rint(values / step)
+    if not np.all(np.abs(scaled) < _LIMIT):
+        raise WireError("the vector holds a value that is not finite or too large to be sent")
+    return scaled.astype(np.int64)
+
+
+def from_lattice(multiples: Int[np.ndarray, " P"], step: float) -> Float[np.ndarray, " P"]:
+    """Return the real values of multiples of `step`."""
+    return multiples.astype(np.float64) * step
+
+
+def lattice_step(sensitivity: float) -> float:
+    """Return the step that goes with a sensitivity (both in the unit of the sum)."""
+    return sensitivity / STEPS_PER_UNIT
+
+
+def lattice_sensitivity(sensitivity: float, length: int) -> float:
+    """Bound in L2 what one customer adds to a rounded sum of `length` numbers.
+
+    Adding one customer moves the exact sum by at most `sensitivity`. Rounding moves each
+    number by at most half a step with and without the customer, one step together; a second
+    step covers float64 summation error (below half a step before rounding while a merchant's
+    exact sum stays under 2**30 sensitivities).
+    """
+    return sensitivity * (1.0 + 2.0 * math.sqrt(length) / STEPS_PER_UNIT)

@@ -1,0 +1,77 @@
+"""The classifier's shape, its flat parameter vector and its forward pass, in numpy.
+
+Layout of the flat vector, layer after layer: a matrix [out, in + 1], row-major, whose last
+column is the bias. Both rooms use it; torch is not needed to hold, send or apply a model.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from common.contract import Contract
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layer sizes from inputs to segments, and the activation of the hidden layers."""
+
+    dims: tuple[int, ...]
+    activation: str = "relu"
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, P."""
+        return sum(out * (inp + 1) for inp, out in zip(self.dims, self.dims[1:], strict=False))
+
+    def layers(self, theta: Float[np.ndarray, " P"]) -> list[Float[np.ndarray, "out in_1"]]:
+        """Return the layers' matrices as views into the flat vector."""
+        views, start = [], 0
+        for inp, out in zip(self.dims, self.dims[1:], strict=False):
+            stop = start + out * (inp + 1)
+            views.append(theta[start:stop].reshape(out, inp + 1))
+            start = stop
+        return views
+
+    def probabilities(
+        self, theta: Float[np.ndarray, " P"], x: Float[np.ndarray, "R F"]
+    ) -> Float[np.ndarray, "R S"]:
+        """Return each row's segment probabilities (softmax over the last layer)."""
+        *hidden, last = self.layers(theta)
+        for layer in hidden:
+            x = x @ layer[:, :-1].T + layer[:, -1]
+            x = np.maximum(x, 0.0) if self.activation == "relu" else np.tanh(x)
+        logits = x @ last[:, :-1].T + last[:, -1]
+        logits -= logits.max(axis=1, keepdims=True)
+        np.exp(logits, out=logits)
+        return logits / logits.sum(axis=1, keepdims=True)
+
+    def predictions(
+        self, theta: Float[np.ndarray, " P"], x: Float[np.ndarray, "R F"]
+    ) -> Int[np.ndarray, " R"]:
+        """Return each row's most probable segment id."""
+        return self.probabilities(theta, x).argmax(axis=1)
+
+
+def network_of(contract: Contract) -> Network:
+    """Return the network that a contract asks for."""
+    hidden = contract.model.hidden if contract.model.family == "mlp" else ()
+    dims = (contract.inputs, *hidden, len(contract.segments.names))
+    return Network(dims, contract.model.activation)
+
+
+def initial_parameters(contract: Contract) -> Float[np.ndarray, " P"]:
+    """Return the starting point that every member can compute from the contract alone.
+
+    Hidden layers are uniform within 1 / sqrt(fan-in) (torch's default for linear layers); the
+    last layer starts at zero, so that all segments are equally likely at first.
+    """
+    network = network_of(contract)
+    seed = int.from_bytes(hashlib.sha256(f"init {contract.sha256}".encode()).digest(), "big")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    theta = np.zeros(network.size)
+    for layer in network.layers(theta)[:-1]:
+        bound = 1.0 / np.sqrt(layer.shape[1] - 1)
+        layer[:] = generator.uniform(-bound, bound, layer.shape)
+    return theta

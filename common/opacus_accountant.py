@@ -1,0 +1,45 @@
+"""Our accounting as an accountant of Opacus, so that Opacus' own tools can use it."""
+
+from typing import Any
+
+from opacus.accountants import IAccountant
+from opacus.accountants.registry import register_accountant
+
+from common.accounting import epsilon
+from common.events import Event, PoissonGaussianSum
+
+MECHANISM = "hansa"
+
+
+class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
+    """Keep a history of Poisson-sampled steps and compose it with `common.accounting`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        """Record one step."""
+        self.history.append((noise_multiplier, sample_rate, 1))
+
+    def get_epsilon(self, delta: float, *, others: tuple[Event, ...] = ()) -> float:
+        """Return epsilon of the history together with `others`."""
+        steps = [
+            PoissonGaussianSum(sigma, 1.0, rate, int(count)) for sigma, rate, count in self.history
+        ]
+        return epsilon((*steps, *others), delta)
+
+    def __len__(self) -> int:
+        """Return the number of recorded steps."""
+        return sum(int(count) for _, _, count in self.history)
+
+    @classmethod
+    def mechanism(cls) -> str:
+        """Return the name under which Opacus knows this accountant."""
+        return MECHANISM
+
+    def get_optimizer_hook_fn(self, sample_rate: float) -> Any:
+        """Return Opacus' hook that records every optimizer step."""
+        return super().get_optimizer_hook_fn(sample_rate)
+
+
+register_accountant(MECHANISM, HansaAccountant, force=True)

@@ -1,0 +1,129 @@
+"""What a run will release, worked out from the contract alone.
+
+Both ends compute the same plan; a client never takes a noise multiplier, a clip norm or a
+number of rounds from a message.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from common.accounting import epsilon, mu_for, sampled_noise_multiplier
+from common.contract import Contract
+from common.events import Event, GaussianSum, PoissonGaussianSum
+from common.network import network_of
+
+CENSUS, UPDATE, EVALUATION, PROFILE = "census", "update", "evaluation", "profile"
+STAGES = (CENSUS, UPDATE, EVALUATION, PROFILE)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One kind of noisy sum that a run asks of every merchant."""
+
+    stage: str
+    event: Event  # towards whoever sees sums
+    length: int  # numbers in the vector
+    times: int  # how often the plan pays for it
+
+    def towards_server(self, contributors: int) -> Event:
+        """Return the event towards whoever sees this merchant's single vector."""
+        sigma = self.event.noise_multiplier / math.sqrt(contributors)
+        return replace(self.event, noise_multiplier=sigma)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All releases of a run under one contract."""
+
+    census: Release
+    update: Release
+    evaluation: Release
+    final_evaluation: Release
+    profile: Release | None
+
+    def releases(self) -> Iterator[Release]:
+        """Yield every release that the plan pays for."""
+        yield from (self.census, self.update, self.evaluation, self.final_evaluation)
+        if self.profile is not None:
+            yield self.profile
+
+    def events(self) -> tuple[Event, ...]:
+        """Return everything the plan pays for, counts included."""
+        return tuple(
+            replace(release.event, count=release.event.count * release.times)
+            for release in self.releases()
+            if release.times
+        )
+
+    def release_of(self, stage: str, round_number: int, rounds: int) -> Release | None:
+        """Return what `stage` releases in a round, or None if the plan knows no such release."""
+        if stage == EVALUATION:
+            return self.final_evaluation if round_number == rounds else self.evaluation
+        return {CENSUS: self.census, UPDATE: self.update, PROFILE: self.profile}.get(stage)
+
+
+def evaluation_rounds(contract: Contract) -> tuple[int, ...]:
+    """Return the rounds after which the model is evaluated; the last round always is."""
+    last, every = contract.training.rounds, contract.publication.evaluate_every
+    return (*range(every, last, every), last)
+
+
+@lru_cache(maxsize=64)
+def plan_of(contract: Contract) -> Plan:
+    """Divide the contract's budget over the releases of a run.
+
+    Sums over all customers share mu^2, in which Gaussian mechanisms add up exactly; with
+    Poisson-sampled training Opacus finds the training's noise multiplier for what is left.
+
+    Raises:
+        AccountingError: No noise reaches the contract's epsilon.
+    """
+    privacy, training = contract.privacy, contract.training
+    split = privacy.split
+    total = mu_for(privacy.epsilon, privacy.delta) ** 2
+    times = len(evaluation_rounds(contract)) - 1
+    share = split.evaluation / 2 if times else split.evaluation
+    segments = len(contract.segments.names)
+
+    def gaussian(stage: str, part: float, count: int, sensitivity: float, length: int) -> Release:
+        sigma = math.sqrt(max(count, 1) / (part * total))
+        return Release(stage, GaussianSum(sigma, sensitivity), length, count)
+
+    census = gaussian(CENSUS, split.census, 1, 1.0, 1)
+    evaluation = gaussian(EVALUATION, split.evaluation - share or share, times, 1.0, segments**2)
+    final = gaussian(EVALUATION, share, 1, 1.0, segments**2)
+    profile = gaussian(PROFILE, split.profiles, 1, 1.0, profile_length(contract))
+    profile_or_none = profile if contract.publication.profiles else None
+    steps = (training.rounds + training.spare_rounds) * training.local_steps
+    event: Event
+    if training.sampling_rate == 1.0:
+        sigma = math.sqrt(steps / (split.training * total))
+        event = GaussianSum(sigma, privacy.clip_norm, training.local_steps)
+    else:
+        others = tuple(
+            replace(r.event, count=r.times)
+            for r in (census, evaluation, final, profile_or_none)
+            if r is not None and r.times
+        )
+        sigma = sampled_noise_multiplier(
+            privacy.epsilon, privacy.delta, training.sampling_rate, steps, others
+        )
+        event = PoissonGaussianSum(
+            sigma, privacy.clip_norm, training.sampling_rate, training.local_steps
+        )
+    update = Release(
+        UPDATE, event, network_of(contract).size, training.rounds + training.spare_rounds
+    )
+    return Plan(census, update, evaluation, final, profile_or_none)
+
+
+def planned_epsilon(contract: Contract) -> float:
+    """Return epsilon of the whole plan at the contract's delta; never above the contract's."""
+    return epsilon(plan_of(contract).events(), contract.privacy.delta)
+
+
+def profile_length(contract: Contract) -> int:
+    """Return the length of the profile vector: for each segment a count and F input sums."""
+    return len(contract.segments.names) * (1 + contract.inputs)
