@@ -38,7 +38,7 @@ def numbers(source: Source, column: str) -> Float[np.ndarray, "R"]:
         cells = pc.cast(cells, pa.float64(), safe=False)
     else:
         source.refuse(_first_known(cells), column, "expected a number, like 3.14")
-    values: Float[np.ndarray, "R"] = pc.fill_null(cells, np.nan).to_numpy()
+    values = np.asarray(pc.fill_null(cells, np.nan).to_numpy(), dtype=np.float64)
     infinite = np.isinf(values)
     if infinite.any():
         row = int(infinite.argmax())
@@ -157,7 +157,7 @@ def times(source: Source, column: str) -> Shaped[np.ndarray, "R"]:
     if cells.null_count:
         row = int(pc.index(pc.is_null(cells), True).as_py())
         source.refuse(row, column, "the time is empty; every row needs one")
-    return cells.to_numpy()
+    return np.asarray(cells.to_numpy(), dtype="datetime64[us]")
 
 
 def _plain(cells: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -241,7 +241,8 @@ def _coded(cells: pa.ChunkedArray, code: Callable[[str], int | None]) -> Int64[n
     """Look every different text up once; a missing word counts unless it is known."""
     coded = factorized(cells)
     table = [_code(str(text), code) for text in coded.categories]
-    return np.array([*table, MISSING], dtype=np.int64)[coded.codes]
+    found = np.array([*table, MISSING], dtype=np.int64)
+    return np.take(found, coded.codes)
 
 
 def _code(text: str, code: Callable[[str], int | None]) -> int:

@@ -10,11 +10,12 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from clients.rows import Source, Wanted, choose, refuse_empty
+from clients.rows import Source, Wanted, choose, refuse_empty, refuse_wide
 from common.errors import DataError
 
 MAX_HEADER_BYTES = 1 << 20
@@ -36,8 +37,10 @@ def read_csv(path: Path, wanted: Wanted) -> Source:
     Raises:
         DataError: The file is empty, is not UTF-8, is ragged, or lacks a column.
     """
-    chosen = choose(_header(path), wanted, path.name)
+    header = _header(path)
+    refuse_wide(header, path.name)
     scan = _scan(path)
+    chosen = choose(header, wanted, path.name)
     table = _parse(path, chosen, scan)
     refuse_empty(table.num_rows, path.name)
     columns = {name: table[name] for name in chosen}
@@ -92,11 +95,10 @@ def _scan(path: Path) -> _Scan:
     return _Scan(lines + (not tail.endswith(b"\n")), plain)
 
 
-def _refuse_encoding(path: Path, offset: int, line: int) -> None:
+def _refuse_encoding(path: Path, offset: int, line: int) -> NoReturn:
     raise DataError(
-        f"{path.name}: the text is not UTF-8 at byte {offset} (line {line}); "
-        "save the file as UTF-8"
-    )
+        f"{path.name}: the text is not UTF-8 at byte {offset} (line {line}); save the file as UTF-8"
+    ) from None
 
 
 def _parse(path: Path, chosen: list[str], scan: _Scan) -> pa.Table:
@@ -109,6 +111,7 @@ def _parse(path: Path, chosen: list[str], scan: _Scan) -> pa.Table:
         return _parsed(path, chosen, ragged, threads=False)
     except pa.ArrowInvalid:
         if not ragged:
+            refuse_empty(scan.lines - 1, path.name)
             raise DataError(
                 f"{path.name}: this is not a comma-separated table; check its quotation marks"
             ) from None

@@ -6,7 +6,7 @@ coordinator. Relative paths in it are relative to the folder it lies in.
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from sqlalchemy.engine import make_url
@@ -38,7 +38,7 @@ class Data(Section):
     query: str | None = Field(None, description="The SELECT statement that gives the rows.")
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _one_source(self) -> "Data":
         # A finding on the whole section shows no input: the URL may hold a password.
         if (self.path is None) == (self.url is None):
             raise ValueError("expected either `path`, or `url` together with `query`")
@@ -65,9 +65,7 @@ class Columns(Section):
     amount: ColumnName = Field(
         "amount", description="Amount of a line item; refunds are negative (transactions)."
     )
-    category: ColumnName | None = Field(
-        None, description="Category of a line item (transactions)."
-    )
+    category: ColumnName | None = Field(None, description="Category of a line item (transactions).")
     order: ColumnName | None = Field(
         None,
         description="Groups line items into one purchase; by default every row is a purchase "

@@ -36,7 +36,7 @@ def noisy_sum(
         noise_multiplier: Noise of the sum over all merchants, in sensitivities.
         contributors: Shares that the sum holds at least (m); 1 if this merchant's noise must
             do alone.
-        noise: Where the noise comes from; used for nothing else.
+        noise: Stream that this release draws from; no other release may use it.
 
     Returns:
         Multiples of `lattice_step(sensitivity)`.

@@ -50,7 +50,7 @@ class Source:
             problem: What is wrong and what to do, without the cell's value.
         """
         line = f" (line {row + 2})" if self.lines else ""
-        raise DataError(f"{self.name}: row {row + 1}{line}, column '{column}': {problem}")
+        raise DataError(f"{self.name}: row {row + 1}{line}, column '{column}': {problem}") from None
 
 
 def frame_source(frame: pd.DataFrame, name: str, wanted: Wanted) -> Source:
@@ -72,11 +72,7 @@ def choose(header: Sequence[str], wanted: Wanted, name: str) -> list[str]:
     Raises:
         DataError: There are absurdly many columns, one is missing, or one is there twice.
     """
-    if len(header) > MAX_COLUMNS:
-        raise DataError(
-            f"{name}: expected at most {MAX_COLUMNS} columns, got {len(header)}; "
-            "is it one row a customer?"
-        )
+    refuse_wide(header, name)
     known = set(header)
     for column in wanted.required:
         if column not in known:
@@ -92,10 +88,21 @@ def choose(header: Sequence[str], wanted: Wanted, name: str) -> list[str]:
     return chosen
 
 
+def refuse_wide(header: Sequence[str], name: str) -> None:
+    """Raise a DataError if there are absurdly many columns."""
+    if len(header) > MAX_COLUMNS:
+        raise DataError(
+            f"{name}: expected at most {MAX_COLUMNS} columns, got {len(header)}; "
+            "is it one row a customer?"
+        )
+
+
 def refuse_empty(rows: int, name: str) -> None:
     """Raise a DataError if there are no rows."""
     if rows == 0:
-        raise DataError(f"{name}: there are no rows, only column names; add the customers' rows")
+        raise DataError(
+            f"{name}: there are no rows, only column names; add the customers' rows"
+        ) from None
 
 
 def arrow_column(series: "pd.Series[Any]") -> pa.ChunkedArray:

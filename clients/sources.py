@@ -41,5 +41,7 @@ def _read_parquet(path: Path, wanted: Wanted) -> Source:
             refuse_empty(file.metadata.num_rows, path.name)
             table = file.read(columns=chosen)
     except pa.ArrowException:
-        raise DataError(f"{path.name}: this is not a readable Parquet file; write it anew") from None
+        raise DataError(
+            f"{path.name}: this is not a readable Parquet file; write it anew"
+        ) from None
     return Source(path.name, {name: table[name] for name in chosen}, table.num_rows)

@@ -14,28 +14,86 @@ from datetime import date
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 
 from common.contract import Feature
 from common.errors import DataError
 
 Window = tuple[date, date]
-Times = Shaped[np.ndarray, "N"]
-Codes = Int[np.ndarray, "N"]
 
 _DAY = np.timedelta64(1, "D")
 _EVENING_HOUR = 17
-_MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
+
+
+def behaviour(purchases: pd.DataFrame, window: Window, features: Sequence[Feature]) -> pd.DataFrame:
+    """Measure every customer with a purchase in the window.
+
+    Args:
+        purchases: Line items with the columns `customer`, `time` (datetime64), `amount` and,
+            where there is one, `category` and `order`; only a category may be missing.
+        window: Start (included) and end (excluded).
+        features: Those with a `measure` become columns; see `common.contract.MEASURES`.
+
+    Returns:
+        Natural units, not clipped to the bounds; one row a customer, in rising order of the
+        customers.
+
+    Raises:
+        DataError: A measure needs a category column, and there is none.
+
+    Days are whole days, counted downwards. `mean_gap_days` of one purchase is the feature's
+    upper bound. Shares of the spend are 0 where the total spend is not positive.
+    """
+    items = _items(purchases, window)
+    names = [feature.name for feature in features if feature.measure is not None]
+    if not len(items.customers):
+        return pd.DataFrame(columns=names, index=items.customers, dtype=np.float64)
+    bought = _purchases(items)
+    columns = {
+        feature.name: _measure(feature, bought, items)
+        for feature in features
+        if feature.measure is not None
+    }
+    return pd.DataFrame(columns, index=items.customers)
+
+
+def spend_in(
+    purchases: pd.DataFrame, window: Window, customers: "pd.Index[str]"
+) -> "pd.Series[float]":
+    """Add up what the given customers spent in a window; 0 where nothing.
+
+    Args:
+        purchases: Line items as for `behaviour`.
+        window: Start (included) and end (excluded).
+        customers: Whose spend to give, in this order, each once.
+    """
+    items = _items(purchases[["customer", "time", "amount"]], window)
+    spend = np.bincount(items.customer, weights=items.amount, minlength=len(items.customers))
+    known = pd.Series(spend, index=items.customers, dtype=np.float64)
+    return known.reindex(customers, fill_value=0.0).rename("spend")
+
+
+@dataclass(frozen=True)
+class _Items:
+    """L line items of C customers in a window, sorted by customer, order, time and amount.
+
+    `customer`, `order` and `category` are positions; `category` is -1 where missing.
+    """
+
+    customers: "pd.Index[str]"
+    categories: "pd.Index[str] | None"
+    customer: Int64[np.ndarray, "L"]
+    order: Int64[np.ndarray, "L"]
+    category: Int64[np.ndarray, "L"]
+    time: Shaped[np.ndarray, "L"]
+    amount: Float[np.ndarray, "L"]
+    end: np.datetime64
 
 
 @dataclass(frozen=True)
 class _Purchases:
-    """All purchases of C customers, sorted by customer, at least one a customer.
+    """N purchases, sorted by customer; those of customer c begin at `starts[c]`."""
 
-    `starts` is where each customer's purchases start; `end` is the end of the window.
-    """
-
-    customer: Int64[np.ndarray, "N"]
     time: Shaped[np.ndarray, "N"]
     value: Float[np.ndarray, "N"]
     starts: Int64[np.ndarray, "C"]
@@ -43,12 +101,20 @@ class _Purchases:
 
     def total(self, of: Shaped[np.ndarray, "N"]) -> Float[np.ndarray, "C"]:
         """Add up a quantity of the purchases for every customer."""
-        return np.add.reduceat(of, self.starts, dtype=np.float64)
+        return np.add.reduceat(of.astype(np.float64), self.starts)
+
+    def days_since(self, time: Shaped[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
+        """Count whole days up to the end of the window."""
+        return _whole_days(self.end - time)
+
+    def recent(self, days: str) -> Bool[np.ndarray, "N"]:
+        """Tell which purchases lie in the last days of the window."""
+        return self.time >= self.end - np.timedelta64(int(days), "D")
 
     @property
     def count(self) -> Float[np.ndarray, "C"]:
         """Number of purchases of every customer."""
-        return np.diff(self.starts, append=len(self.customer)).astype(np.float64)
+        return np.diff(self.starts, append=len(self.time)).astype(np.float64)
 
     @property
     def first(self) -> Shaped[np.ndarray, "C"]:
@@ -60,113 +126,120 @@ class _Purchases:
         """Time of every customer's last purchase."""
         return np.maximum.reduceat(self.time, self.starts)
 
-    def recent(self, days: int) -> Shaped[np.ndarray, "N"]:
-        """Tell which purchases lie in the last days of the window."""
-        return self.time >= self.end - np.timedelta64(days, "D")
 
-
-@dataclass(frozen=True)
-class _Baskets:
-    """Spend of every customer in every category, for the measures that look into purchases."""
-
-    customer: Int64[np.ndarray, "M"]
-    category: Int64[np.ndarray, "M"]
-    amount: Float[np.ndarray, "M"]
-    names: tuple[str, ...]
-
-    def spend(self, name: str, customers: int) -> Float[np.ndarray, "C"]:
-        """Add up every customer's spend in one category; zero for an unknown one."""
-        own = self.category == (self.names.index(name) if name in self.names else -2)
-        return np.bincount(self.customer[own], weights=self.amount[own], minlength=customers)
-
-    def distinct(self, customers: int) -> Float[np.ndarray, "C"]:
-        """Count every customer's different categories."""
-        known = self.category >= 0
-        pairs = np.unique(self.customer[known] * len(self.names) + self.category[known])
-        counts = np.bincount(pairs // max(len(self.names), 1), minlength=customers)
-        return counts.astype(np.float64)
-
-
-def behaviour(
-    purchases: pd.DataFrame, window: Window, features: Sequence[Feature]
-) -> pd.DataFrame:
-    """Measure every customer with a purchase in the window.
-
-    Args:
-        purchases: Line items with the columns `customer`, `time` (datetime64), `amount` and,
-            where there is one, `category` and `order`.
-        window: Start (included) and end (excluded).
-        features: Those with a `measure` become columns; see `common.contract.MEASURES`.
-
-    Returns:
-        Natural units, not clipped to the bounds; one row a customer, in rising order of the
-        customers.
-
-    Raises:
-        DataError: A customer or order is missing, or a measure needs a category column.
-
-    Shares of the spend are 0 where the total spend is not positive. Whole days are counted
-    downwards. `mean_gap_days` of one purchase is the feature's upper bound.
-    """
-    measured = [feature for feature in features if feature.measure is not None]
-    inside = np.flatnonzero(_inside(purchases["time"], window))
-    items, customers, codes = _sorted_items(purchases, inside)
-    if not len(customers):
-        return pd.DataFrame({f.name: np.empty(0) for f in measured}, index=customers)
-    bought = _purchases(items, codes, np.datetime64(window[1], "us"))
-    baskets = _baskets(items, codes, measured)
-    columns = {feature.name: _measure(feature, bought, baskets) for feature in measured}
-    return pd.DataFrame(columns, index=customers)
-
-
-def spend_in(
-    purchases: pd.DataFrame, window: Window, customers: "pd.Index[str]"
-) -> "pd.Series[float]":
-    """Add up what the given customers spent in a window; 0 where nothing.
-
-    Args:
-        purchases: Line items as for `behaviour`.
-        window: Start (included) and end (excluded).
-        customers: Whose spend to give, in this order; each once.
-    """
-    inside = np.flatnonzero(_inside(purchases["time"], window))
-    places = customers.get_indexer(pd.Index(_taken(purchases["customer"], inside)))
-    amounts = purchases["amount"].to_numpy(dtype=np.float64)[inside]
-    known = places >= 0
-    places, amounts = places[known], amounts[known]
-    order = np.lexsort((amounts, places))
-    spend = np.bincount(places[order], weights=amounts[order], minlength=len(customers))
-    return pd.Series(spend, index=customers, name="spend", dtype=np.float64)
-
-
-def _inside(times: "pd.Series[pd.Timestamp]", window: Window) -> Shaped[np.ndarray, "N"]:
-    values = times.to_numpy()
-    start, end = (np.datetime64(day, "us") for day in window)
-    return (values >= start) & (values < end)
-
-
-def _taken(column: "pd.Series[str]", rows: Codes) -> "pd.Series[str] | pd.Categorical":
-    return column.iloc[rows]
-
-
-def _codes(column: "pd.Series[str]", name: str) -> tuple[Int64[np.ndarray, "N"], "pd.Index[str]"]:
-    """Number the different values of a column in rising order; -1 where missing."""
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        used, codes = np.unique(column.cat.codes, return_inverse=True)
-        missing = int(len(used) > 0 and used[0] < 0)
-        names = column.cat.categories[used[missing:]]
-        order = np.append(np.argsort(np.argsort(names)), -1)
-        return order[codes - missing].astype(np.int64), names.sort_values().rename(name)
-    codes, names = pd.factorize(column, sort=True)
-    return codes.astype(np.int64), pd.Index(names, name=name)
-
-
-def _sorted_items(
-    purchases: pd.DataFrame, inside: Codes
-) -> tuple[pd.DataFrame, "pd.Index[str]", Int64[np.ndarray, "N"]]:
-    """Sort the items in the window by customer, order, time and amount."""
-    codes, customers = _codes(purchases["customer"].iloc[inside], "customer")
+def _items(purchases: pd.DataFrame, window: Window) -> _Items:
+    times = purchases["time"].to_numpy()
+    start, end = np.datetime64(window[0], "us"), np.datetime64(window[1], "us")
+    rows = np.flatnonzero((times >= start) & (times < end))
+    customer, customers = _positions(purchases["customer"].iloc[rows])
+    order, category, categories = np.zeros_like(rows), np.full(len(rows), -1), None
     if "order" in purchases:
-        orders, names = _codes(purchases["order"].iloc[inside], "order")
-    else:
-        orders, names = np.arange(len(inside)), pd.RangeIndex(len(inside))
+        order, _ = _positions(purchases["order"].iloc[rows])
+    if "category" in purchases:
+        category, categories = _positions(purchases["category"].iloc[rows])
+    time = times[rows].astype("datetime64[us]")
+    amount = purchases["amount"].to_numpy(dtype=np.float64)[rows]
+    by = np.lexsort((amount, time, order, customer))
+    purchase = order[by] if "order" in purchases else np.arange(len(rows))
+    return _Items(
+        customers=customers,
+        categories=categories,
+        customer=customer[by],
+        order=purchase,
+        category=category[by],
+        time=time[by],
+        amount=amount[by],
+        end=end,
+    )
+
+
+def _positions(column: "pd.Series[str]") -> tuple[Int64[np.ndarray, "L"], "pd.Index[str]"]:
+    """Number the different values of a column in rising order; -1 where missing."""
+    coded = pd.Categorical(column)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        coded = coded.remove_unused_categories()
+        coded = coded.reorder_categories(coded.categories.sort_values())
+    return coded.codes.astype(np.int64), coded.categories.rename(column.name)
+
+
+def _purchases(items: _Items) -> _Purchases:
+    begins = np.flatnonzero(_changes(items.customer) | _changes(items.order))
+    customer = items.customer[begins]
+    return _Purchases(
+        time=np.minimum.reduceat(items.time, begins),
+        value=np.add.reduceat(items.amount, begins),
+        starts=np.flatnonzero(_changes(customer)),
+        end=items.end,
+    )
+
+
+def _changes(values: Int64[np.ndarray, "L"]) -> Bool[np.ndarray, "L"]:
+    """Tell which values differ from the one before; the first does."""
+    return np.asarray(np.diff(values, prepend=values[:1] - 1) != 0)
+
+
+def _whole_days(period: Shaped[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
+    return np.asarray(period // _DAY, dtype=np.float64)
+
+
+def _is_weekend(time: Shaped[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+    # 1970-01-01 was a Thursday, day 3 of a week that starts on Monday.
+    return (time.astype("datetime64[D]").astype(np.int64) + 3) % 7 >= 5
+
+
+def _is_evening(time: Shaped[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+    return time.astype("datetime64[h]").astype(np.int64) % 24 >= _EVENING_HOUR
+
+
+def _mean_gap(bought: _Purchases, single: float) -> Float[np.ndarray, "C"]:
+    days = _whole_days(bought.last - bought.first)
+    return np.where(bought.count > 1, days / np.maximum(bought.count - 1, 1), single)
+
+
+_OF_PURCHASES: dict[str, Callable[[_Purchases], Float[np.ndarray, "C"]]] = {
+    "recency_days": lambda bought: bought.days_since(bought.last),
+    "tenure_days": lambda bought: bought.days_since(bought.first),
+    "purchases": lambda bought: bought.count,
+    "spend": lambda bought: bought.total(bought.value),
+    "mean_purchase": lambda bought: bought.total(bought.value) / bought.count,
+    "weekend_share": lambda bought: bought.total(_is_weekend(bought.time)) / bought.count,
+    "evening_share": lambda bought: bought.total(_is_evening(bought.time)) / bought.count,
+}
+
+
+def _measure(feature: Feature, bought: _Purchases, items: _Items) -> Float[np.ndarray, "C"]:
+    name, _, argument = (feature.measure or "").partition(":")
+    if name in _OF_PURCHASES:
+        return _OF_PURCHASES[name](bought)
+    if name == "mean_gap_days":
+        return _mean_gap(bought, feature.high)
+    if name == "spend_last":
+        return bought.total(np.where(bought.recent(argument), bought.value, 0.0))
+    if name == "purchases_last":
+        return bought.total(bought.recent(argument))
+    if items.categories is None:
+        raise DataError(
+            f"feature '{feature.name}': the measure '{name}' needs a category; name its column "
+            "as `category` under [columns] in merchant.toml"
+        )
+    if name == "category_share":
+        return _category_share(items, items.categories, argument)
+    return _distinct_categories(items, len(items.categories))
+
+
+def _category_share(
+    items: _Items, categories: "pd.Index[str]", name: str
+) -> Float[np.ndarray, "C"]:
+    size = len(items.customers)
+    own = items.category == (categories.get_loc(name) if name in categories else -2)
+    spend = np.bincount(items.customer[own], weights=items.amount[own], minlength=size)
+    total = np.bincount(items.customer, weights=items.amount, minlength=size)
+    share = np.divide(spend, total, out=np.zeros(size), where=total > 0)
+    return np.clip(share, 0.0, 1.0)
+
+
+def _distinct_categories(items: _Items, categories: int) -> Float[np.ndarray, "C"]:
+    known = items.category >= 0
+    pairs = np.unique(items.customer[known] * categories + items.category[known])
+    counts = np.bincount(pairs // max(categories, 1), minlength=len(items.customers))
+    return counts.astype(np.float64)

@@ -22,11 +22,10 @@ from common.ledger import Ledger, Occasion
 from common.models import validate_for_privacy
 from common.network import network_of
 from common.noise import NoiseSource
-from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, plan_of
+from common.plan import CENSUS, EVALUATION, LOCAL_STEP, PROFILE, UPDATE, Release, plan_of
 from common.wire import Attest, Attested, SumAnswer, SumRequest
 
 NoiseFor = Callable[[str, int, int], NoiseSource]  # (stage, round, attempt) -> stream of its own
-LOCAL_STEP = 2.0**-30  # lattice of a local model update, in the unit of the parameters
 
 
 @dataclass(frozen=True)

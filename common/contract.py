@@ -79,7 +79,7 @@ class Feature(Section):
     transform: Literal["none", "log1p", "sqrt"] = Field(
         "none", description="Applied after clipping to the bounds and before scaling to [-1, 1]."
     )
-    missing: Literal["refuse", "indicator"] | float = Field(
+    missing: Literal["refuse", "indicator"] | Annotated[float, Field(allow_inf_nan=False)] = Field(
         "refuse",
         description="A missing value is refused, gets an indicator input of its own, "
         "or is replaced by this public number.",
@@ -106,6 +106,8 @@ class Feature(Section):
                 raise ValueError(f"transform '{self.transform}' needs low >= 0, got {self.low}")
         elif self.transform != "none":
             raise ValueError("a transform belongs to features of kind 'number' only")
+        if self.kind == "category" and not isinstance(self.missing, str):
+            raise ValueError("a category is missing as 'refuse' or 'indicator', not as a number")
         if self.measure is not None:
             self._check_measure(self.measure)
         return self
@@ -214,7 +216,7 @@ class Training(Section):
     engine: Literal["fused", "opacus"] = Field(
         "fused", description="What computes the clipped gradient sum; both give the same sum."
     )
-    rounds: int = Field(40, ge=1, le=100_000, description="Number of training rounds.")
+    rounds: int = Field(60, ge=1, le=100_000, description="Number of training rounds.")
     spare_rounds: int = Field(
         2, ge=0, description="Further rounds that the budget pays for, used when a round fails."
     )
@@ -225,20 +227,24 @@ class Training(Section):
     )
     local_steps: int = Field(1, ge=1, le=1000, description="Noisy steps a round (mode 'local').")
     proximal: float = Field(
-        0.0, ge=0, description="FedProx pull towards the round's start (mode 'local')."
+        0.0, ge=0, le=1e6, description="FedProx pull towards the round's start (mode 'local')."
     )
     optimizer: Literal["sgd", "adam", "yogi"] = Field(
         "adam",
         description="The coordinator's step on the averaged update: with `local` mode these are "
         "FedAvg (FedAvgM with momentum), FedAdam and FedYogi.",
     )
-    learning_rate: Positive = Field(0.05, description="Learning rate of the coordinator's step.")
+    learning_rate: Positive | None = Field(
+        None,
+        description="Learning rate of the coordinator's step. Default: 0.1 in mode 'distributed', "
+        "0.03 in mode 'local', whose sums hold more noise.",
+    )
     local_learning_rate: Positive = Field(
         1.0, description="Learning rate of a merchant's own steps (mode 'local')."
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of optimizer 'sgd'.")
     averaging: float = Field(
-        0.0,
+        0.9,
         ge=0,
         lt=1,
         description="Decay of the exponential average of the model over rounds that is published; "
@@ -261,6 +267,13 @@ class Training(Section):
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum belongs to optimizer 'sgd'")
         return self
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate, or the mode's default where none is stated."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.1 if self.mode == "distributed" else 0.03
 
 
 class Split(Section):
@@ -290,7 +303,7 @@ class Privacy(Section):
         le=0.01,
         description="Chance that the bound does not hold; well below 1 / customers.",
     )
-    clip_norm: Positive = Field(1.0, description="L2 bound of one customer's gradient.")
+    clip_norm: Positive = Field(2.0, description="L2 bound of one customer's gradient.")
     split: Split = Field(default_factory=Split, description="Division over the purposes.")
 
 

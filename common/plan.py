@@ -15,7 +15,7 @@ from common.events import Event, GaussianSum, PoissonGaussianSum
 from common.network import network_of
 
 CENSUS, UPDATE, EVALUATION, PROFILE = "census", "update", "evaluation", "profile"
-STAGES = (CENSUS, UPDATE, EVALUATION, PROFILE)
+LOCAL_STEP = 2.0**-30  # lattice of a local model update, in the unit of the parameters
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from clients.transactions import behaviour, spend_in
+from clients.transactions import behaviour
 from common.contract import Contract
 from common.errors import DataError
+from simulations.labelling import cut, previous_column, segments, windows_of
 from simulations.sources import Source
 
 FILE = "CDNOW_master.txt"
@@ -20,7 +21,6 @@ SOURCE = Source(
     folder="datasets",
     files={FILE: "eff6889ed364c5199d6eacbbeb7a6d559971df4406ac876f322c373f00a072ef"},
 )
-CUSTOMERS = 23_570
 MIN_CUSTOMERS = 5  # of a merchant
 MAX_MERCHANTS = 1000
 
@@ -35,26 +35,17 @@ def customer_rows(contract: Contract) -> pd.DataFrame:
     Raises:
         DataError: The data package is missing or changed.
     """
-    windows, segments = contract.windows, contract.segments
-    assert windows is not None
-    assert segments.previous_column is not None
+    windows = windows_of(contract)
     purchases = _read(SOURCE.locate()[FILE])
-    rows = behaviour(
-        purchases[["customer", "time", "amount"]], windows.features, contract.features
-    )
+    rows = behaviour(purchases[["customer", "time", "amount"]], windows.features, contract.features)
     before = purchases[purchases["time"] < pd.Timestamp(windows.features[1])]
     rows["cds"] = before.groupby("customer")["cds"].sum().astype(float)
     rows = rows[[feature.name for feature in contract.features]]
-    rows[segments.column] = np.digitize(
-        spend_in(purchases, windows.label, rows.index), segments.cuts
-    )
+    rows = rows.assign(**segments(purchases, contract, rows.index))
     # There is no earlier period, as everyone is new. The rule looks at what came after the
     # first purchase; for two segments that is whether the customer bought more than once.
-    again = before[before.duplicated("customer")]
-    rows[segments.previous_column] = np.digitize(
-        again.groupby("customer")["amount"].sum().reindex(rows.index, fill_value=0.0),
-        segments.cuts,
-    )
+    again = before[before.duplicated("customer")].groupby("customer")["amount"].sum()
+    rows[previous_column(contract)] = cut(again.reindex(rows.index, fill_value=0.0), contract)
     names = rows.index.map("customer-{:05d}".format).to_numpy()
     rows.insert(0, "customer", names)
     rows.insert(1, "person", names)
@@ -63,9 +54,7 @@ def customer_rows(contract: Contract) -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     """Read the purchases, the customer's first purchase first."""
-    purchases = pd.read_csv(
-        path, sep=r"\s+", header=0, names=["customer", "date", "cds", "amount"]
-    )
+    purchases = pd.read_csv(path, sep=r"\s+", header=0, names=["customer", "date", "cds", "amount"])
     purchases["time"] = pd.to_datetime(purchases.pop("date").astype(str), format="%Y%m%d")
     return purchases.sort_values(["customer", "time"], kind="stable", ignore_index=True)
 

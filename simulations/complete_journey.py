@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clients.transactions import behaviour, spend_in
+from clients.transactions import behaviour
 from common.contract import Contract
+from simulations.labelling import Values, segments, windows_of
 from simulations.sources import Source
 
 SOURCE = Source(
@@ -40,7 +41,6 @@ MIN_PURCHASES = {"store": 2, "home": 1}
 MIN_CUSTOMERS = {"store": 20, "home": 5}
 
 Partition = Literal["store", "home"]
-Values = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,14 @@ def customer_rows(partition: Partition, contracts: Mapping[str, Contract]) -> pd
 
     Returns:
         Columns `merchant`, `customer`, `person`, every feature, and for every label its
-        segment and the previous period's, sorted by merchant and customer.
+        segment and the previous period's, in no special order; sorted by merchant and customer.
 
     Raises:
         DataError: The data package is missing or changed.
     """
     files = SOURCE.locate()
     first = next(iter(contracts.values()))
-    assert first.windows is not None
-    window = first.windows.features
+    window = windows_of(first).features
     lines = _read_lines(files)
     customers = _stores(lines, window) if partition == "store" else _homes(lines, window)
     lines["customer"] = customers.of_line
@@ -80,14 +79,14 @@ def customer_rows(partition: Partition, contracts: Mapping[str, Contract]) -> pd
     index = pd.RangeIndex(len(customers.household), name="customer")
     rows = rows.reindex(index).assign(**_unmeasured(lines, window, len(index)))
     rows["campaigns"] = _campaigns(files, window, customers.household)
-    labels = {}
+    bought = lines[["customer", "time", "amount"]]
     for contract in contracts.values():
-        labels |= _segments(lines, contract, index)
+        rows = rows.assign(**segments(bought, contract, index))
     names = pd.Series(customers.household).map("household-{:04d}".format).to_numpy()
-    who = {"merchant": customers.merchant, "customer": names, "person": names}
-    measured = rows[[feature.name for feature in first.features]]
-    table = pd.concat([pd.DataFrame(who), measured, pd.DataFrame(labels)], axis=1)
-    return table.sort_values(["merchant", "customer"], ignore_index=True)
+    rows = rows.reset_index(drop=True).assign(
+        merchant=customers.merchant, customer=names, person=names
+    )
+    return rows.sort_values(["merchant", "customer"], ignore_index=True)
 
 
 def _read_lines(files: Mapping[str, Path]) -> pd.DataFrame:
@@ -244,18 +243,3 @@ def _campaigns(files: Mapping[str, Path], window: tuple[Any, Any], household: Va
     before = sent[sent["start_date"] < pd.Timestamp(window[1])]
     counts = before.groupby("household_id").size()
     return counts.reindex(household, fill_value=0).to_numpy(dtype=float)
-
-
-def _segments(lines: pd.DataFrame, contract: Contract, index: pd.Index) -> dict[str, Values]:
-    """Cut the spend of the label and the previous window into segments."""
-    windows, segments = contract.windows, contract.segments
-    assert windows is not None
-    assert windows.previous is not None
-    assert segments.previous_column is not None
-    purchases = lines[["customer", "time", "amount"]]
-    return {
-        segments.column: np.digitize(spend_in(purchases, windows.label, index), segments.cuts),
-        segments.previous_column: np.digitize(
-            spend_in(purchases, windows.previous, index), segments.cuts
-        ),
-    }

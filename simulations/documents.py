@@ -49,7 +49,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "label": comparison.label,
         "seeds": comparison.seeds,
         "merchants": comparison.merchants,
-        "customers": comparison.customers,
+        "customers": int(comparison.customers),
         "delta": _finite(comparison.delta),
         "sizes": list(comparison.sizes),
         "rows": [_row(row) for row in comparison.rows],
@@ -60,7 +60,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
 def _merchant(merchant: MerchantRecord) -> dict[str, Any]:
     return {
         "id": merchant.id,
-        "customers": merchant.customers,
+        "customers": int(merchant.customers),
         "epsilon": _finite(merchant.epsilon),
         "refused": merchant.refused,
     }

@@ -41,6 +41,8 @@ PALETTE = {  # CSS variable -> colour on a light ground; blue and vermilion diff
     "second": "#b5490a",
     "panel": "#fffffe",
 }
+WIDTH = 4.6  # inches; small, so that the words stay readable on a telephone
+FONT = 9.5
 MAX_POINTS = 400
 MAX_NAME = 22
 CELL_STRENGTH = 0.5  # the strongest cell still leaves the printed number its contrast
@@ -48,13 +50,13 @@ _STYLES: dict[Any, Any] = {
     "axes.edgecolor": PALETTE["soft"],
     "axes.facecolor": "none",
     "axes.labelcolor": PALETTE["soft"],
-    "axes.labelsize": 10,
+    "axes.labelsize": FONT,
     "axes.linewidth": 0.6,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
     "font.family": ["DejaVu Sans"],
-    "font.size": 10,
+    "font.size": FONT,
     "grid.color": PALETTE["line"],
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
@@ -101,7 +103,7 @@ def learning_curve(result: SimulationResult) -> str:
         for entry in (measured[0], measured[-1])
     )
     label = f"Learning curve: noisy accuracy {', '.join(told)}."
-    return _picture("learning", label, (5.0, 3.2), paint)
+    return _picture("learning", label, (WIDTH, 3.0), paint)
 
 
 def epsilon_curve(result: SimulationResult) -> str:
@@ -128,14 +130,9 @@ def epsilon_curve(result: SimulationResult) -> str:
         )
         if known(result.epsilon):
             axes.plot([end], [result.epsilon], marker="D", markersize=5.5, color=PALETTE["accent"])
-            axes.annotate(
-                f"whole run {epsilon_text(result.epsilon)}",
-                (end, result.epsilon),
-                xytext=(-4, -15),
-                textcoords="offset points",
-                ha="right",
-                color=PALETTE["accent"],
-            )
+            told = f"◆ whole run {epsilon_text(result.epsilon)}"
+            corner = axes.transAxes
+            axes.text(0.98, 0.06, told, ha="right", color=PALETTE["accent"], transform=corner)
         axes.set_xlabel("Training round")
         axes.set_ylabel("Epsilon spent so far")
         axes.grid(axis="y")
@@ -147,7 +144,7 @@ def epsilon_curve(result: SimulationResult) -> str:
         f"Epsilon over the rounds: {epsilon_text(spent[-1].epsilon)} after round {end}, "
         f"{epsilon_text(result.epsilon)} for the whole run, cap {epsilon_text(cap)}."
     )
-    return _picture("epsilon", label, (5.0, 3.2), paint)
+    return _picture("epsilon", label, (WIDTH, 3.0), paint)
 
 
 def segment_shares(result: SimulationResult) -> str:
@@ -193,7 +190,7 @@ def segment_shares(result: SimulationResult) -> str:
         for name, segment in zip(names, segments, strict=True)
     )
     label = f"Segment shares: {'; '.join(parts)}."
-    return _picture("shares", label, (5.0, max(2.2, 0.9 + 0.42 * len(segments))), paint)
+    return _picture("shares", label, (WIDTH, max(2.2, 0.9 + 0.42 * len(segments))), paint)
 
 
 def confusion_matrix(result: SimulationResult) -> str:
@@ -237,7 +234,7 @@ def confusion_matrix(result: SimulationResult) -> str:
         f"Confusion matrix of {len(counts)} segments, noisy counts of held-out customers: "
         f"{number(correct)} of {number(sum(map(sum, counts)))} on the diagonal."
     )
-    return _picture("confusion", label, (5.0, max(3.2, min(5.0, 1.6 + 0.5 * len(counts)))), paint)
+    return _picture("confusion", label, (WIDTH, max(3.0, min(5.0, 1.6 + 0.5 * len(counts)))), paint)
 
 
 def method_dots(comparison: Comparison, measure: Literal["accuracy", "auc"]) -> str:
@@ -250,7 +247,7 @@ def method_dots(comparison: Comparison, measure: Literal["accuracy", "auc"]) -> 
     return _picture(
         measure,
         f"{title} by method: {'; '.join(parts)}.",
-        (5.0, 1.0 + 0.34 * len(rows)),
+        (WIDTH, 1.0 + 0.34 * len(rows)),
         lambda axes: _dots(axes, rows, measure),
     )
 

@@ -63,6 +63,7 @@ def write_report(result: SimulationResult, path: Path) -> None:
             contract=result.contract,
             headline=wording.headline(result),
             cautions=wording.cautions(result),
+            merchants=sorted(result.merchants, key=lambda merchant: merchant.refused is None),
             refused=sum(merchant.refused is not None for merchant in result.merchants),
             pictures={
                 "learning": pictures.learning_curve(result),
@@ -195,7 +196,7 @@ def _settings(contract: Contract) -> list[tuple[str, str]]:
         "distributed": "shared between the merchants (mode distributed)",
         "local": "each merchant's own (mode local)",
     }
-    clip = wording.number(privacy.clip_norm)
+    delta, clip = wording.number(privacy.delta), wording.number(privacy.clip_norm)
     return [
         ("Federation", f"{federation.name}, version {federation.version}"),
         ("Merchants needed", f"{needed}; up to {aggregation.colluders:,} may collude"),
@@ -207,7 +208,7 @@ def _settings(contract: Contract) -> list[tuple[str, str]]:
         ("Rounds", f"{training.rounds:,}, and {training.spare_rounds:,} spare"),
         ("Optimizer", f"{training.optimizer}, learning rate {rate}"),
         ("Held out for evaluation", f"{100 * training.held_out:.3g} % of the customers"),
-        ("Privacy", f"epsilon at most {epsilon}, delta {privacy.delta:.3g}, clip norm {clip}"),
+        ("Privacy", f"epsilon at most {epsilon}, delta {delta}, clip norm {clip}"),
         ("Budget", ", ".join(f"{name} {100 * share:.3g} %" for name, share in privacy.split)),
     ]
 

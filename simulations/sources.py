@@ -73,9 +73,7 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "hansa"
 
 
-def cached(
-    name: str, identity: Sequence[str], build: Callable[[], pd.DataFrame]
-) -> pd.DataFrame:
+def cached(name: str, identity: Sequence[str], build: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """Return the table of this identity: from the cache if it is whole, else built and kept.
 
     Args:

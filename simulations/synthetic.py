@@ -10,6 +10,7 @@ the household's size is an assumption, not a measurement.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,11 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clients.transactions import behaviour, spend_in
+from clients.transactions import behaviour
 from common.contract import Contract
 from common.errors import DataError
-
-Values = np.ndarray[Any, np.dtype[Any]]
+from simulations.labelling import Values, segments, windows_of
 
 BLOCK = 10_000  # customers generated at a time, unless one merchant has more
 DAYS = 365
@@ -31,6 +31,7 @@ START = np.datetime64("2017-01-01", "s")  # a Sunday
 MIN_PURCHASES = 2  # of a customer in the feature window
 MAX_PURCHASES = 400  # a year
 AMOUNTS = (0.25, 900.0)
+EVERY_KIND = 0.05  # least part of a merchant's mix that is the overall mix
 SIZE_LEAN = 0.3  # correlation of household size with the usual amount
 MAX_MERCHANTS = 100_000
 
@@ -44,6 +45,11 @@ class Recipe:
     size_sd: float = 0.0  # of the log of the merchants' sizes
     concentration: float = 57.0  # Dirichlet; smaller: merchants' mixes of kinds differ more
     shift: float = 1.0  # of merchants' log frequency and log amount, in measured deviations
+
+    @property
+    def expected(self) -> int:
+        """About how many customers all merchants have together."""
+        return round(self.merchants * self.customers * math.exp(self.size_sd**2 / 2))
 
     def __post_init__(self) -> None:
         """Refuse a recipe that gives no merchants or customers."""
@@ -135,7 +141,10 @@ def _populate(recipe: Recipe, seed: int) -> Population:
     sizes = merchant_sizes(recipe, seed)
     random = np.random.default_rng([seed, 1])
     shares = np.array([kind["share"] for kind in numbers["kinds"]])
-    mixes = random.dirichlet(recipe.concentration * shares / shares.sum(), recipe.merchants)
+    shares = shares / shares.sum()
+    mixes = random.dirichlet(recipe.concentration * shares, recipe.merchants)
+    # A merchant of one-off customers alone would never find a customer who came back.
+    mixes = (1 - EVERY_KIND) * mixes + EVERY_KIND * shares
     shifts = random.normal(size=(recipe.merchants, 2)) * numbers["merchant_sd"] * recipe.shift
     person = _people(sizes, random)
     lean = random.normal(size=int(person.max()) + 1).astype(np.float32)
@@ -147,31 +156,35 @@ def _populate(recipe: Recipe, seed: int) -> Population:
 def _people(sizes: Values, random: np.random.Generator) -> Values:
     """Give every place a person, nobody twice at one merchant."""
     weights = np.array(calibration()["merchants_per_person"], dtype=float)
-    places, merchants = int(sizes.sum()), len(sizes)
-    each = random.choice(np.arange(1, len(weights) + 1), places, p=weights / weights.sum())
-    each = np.minimum(each, merchants)
-    people = int(np.searchsorted(np.cumsum(each), places)) + 1
-    person = np.repeat(np.arange(people), each[:people])[:places]
+    ends, merchants = np.cumsum(sizes), len(sizes)
+    places = int(ends[-1])
+    counts = np.arange(1, len(weights) + 1, dtype=np.int8)
+    each = np.minimum(
+        random.choice(counts, places, p=weights / weights.sum()), min(merchants, len(weights))
+    )
+    people = int(np.searchsorted(np.cumsum(each, dtype=np.int64), places)) + 1
+    person = np.repeat(np.arange(people, dtype=np.int32), each[:people])[:places]
     random.shuffle(person)
-    merchant = np.repeat(np.arange(merchants), sizes)
     for _ in range(5):
-        twice = _twice(merchant, person, people)
+        twice = _twice(ends, person)
         if twice.size == 0:
             return person
         moved = np.unique(np.concatenate([twice, random.integers(0, places, twice.size)]))
         person[moved] = person[random.permutation(moved)]
     # With few merchants some cannot be moved apart: they become people of their own.
-    twice = _twice(merchant, person, people)
-    person[twice] = people + np.arange(twice.size)
+    twice = _twice(ends, person)
+    person[twice] = people + np.arange(twice.size, dtype=np.int32)
     return person
 
 
-def _twice(merchant: Values, person: Values, people: int) -> Values:
-    """Return the places whose person has an earlier place at the same merchant."""
-    first = np.unique(merchant * np.int64(people) + person, return_index=True)[1]
-    repeated = np.ones(len(person), dtype=bool)
-    repeated[first] = False
-    return np.flatnonzero(repeated)
+def _twice(ends: Values, person: Values) -> Values:
+    """Return the places whose person has another place at the same merchant; all but one."""
+    found = [np.empty(0, dtype=np.int64)]
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+        own = person[begin:end]
+        if len(first := np.unique(own, return_index=True)[1]) < len(own):
+            found.append(begin + np.setdiff1d(np.arange(len(own)), first))
+    return np.concatenate(found)
 
 
 def _block(
@@ -182,10 +195,7 @@ def _block(
     random: np.random.Generator,
 ) -> pd.DataFrame:
     """Generate purchases of some places and turn them into rows."""
-    windows, segments = contract.windows, contract.segments
-    assert windows is not None
-    assert windows.previous is not None
-    assert segments.previous_column is not None
+    windows = windows_of(contract)
     window = [_day(date) for date in windows.features]
     waiting = np.arange(len(merchant))
     parts = []
@@ -212,11 +222,7 @@ def _block(
     household = population.household[person].astype(float)
     rows["household_size"] = np.where(household > 0, household, np.nan)
     rows = rows[[feature.name for feature in contract.features]]
-    for column, period in (
-        (segments.column, windows.label),
-        (segments.previous_column, windows.previous),
-    ):
-        rows[column] = np.digitize(spend_in(purchases, period, places), segments.cuts)
+    rows = rows.assign(**segments(purchases, contract, places))
     rows.insert(0, "customer", "")
     rows.insert(1, "person", pd.Series(person).map("person-{:07d}".format).to_numpy())
     return rows
@@ -267,4 +273,4 @@ def _days(place: Values, places: int, random: np.random.Generator) -> Values:
     weekend = random.random(count) < weekender[place]
     # Days 6 and 7 after a Sunday are Saturday and Sunday.
     shift = np.where(weekend, random.integers(6, 8, count), random.integers(1, 6, count))
-    return np.clip(np.floor(day / 7) * 7 + shift + random.random(count), 0, DAYS - 1e-3)
+    return np.asarray((np.floor(day / 7) * 7 + shift + random.random(count)).clip(0, DAYS - 1e-3))

@@ -62,9 +62,9 @@ def summary_lines(result: SimulationResult) -> list[Text]:
     figures = [
         (
             "Epsilon",
-            f"{epsilon_text(result.epsilon, 4)} towards whoever sees sums "
-            f"(recomputed {epsilon_text(result.epsilon_recomputed, 4)}), "
-            f"{epsilon_text(result.epsilon_server, 4)} towards the server, "
+            f"{epsilon_text(result.epsilon)} towards whoever sees sums "
+            f"(recomputed {epsilon_text(result.epsilon_recomputed)}), "
+            f"{epsilon_text(result.epsilon_server)} towards the server, "
             f"delta {number(result.delta)}",
         ),
         (

@@ -63,8 +63,8 @@ def known(value: float | None) -> bool:
 def number(value: float | None, digits: int = 3) -> str:
     """Write a number with `digits` significant digits and thousands apart.
 
-    >>> number(12345.6), number(0.01234), number(-0.5)
-    ('12,300', '0.0123', '-0.5')
+    >>> number(12345.6), number(0.01234), number(-0.5), number(1e-5)
+    ('12,300', '0.0123', '-0.5', '1e-5')
     """
     if value is None or not math.isfinite(value):
         return NOTHING
@@ -72,17 +72,17 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if size < -4:
-        return f"{value:.{digits - 1}g}"
+        return f"{value:.{digits}g}".replace("e-0", "e-")
     rounded = round(value, digits - 1 - size)
     text = f"{rounded:,.{max(digits - 1 - size, 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def epsilon_text(value: float, digits: int = 3) -> str:
+def epsilon_text(value: float, digits: int = 4) -> str:
     """Write an epsilon, rounded up in its last digit.
 
-    >>> epsilon_text(0.9712), epsilon_text(1.0000000000000002), epsilon_text(float("inf"))
-    ('0.972', '1', 'unbounded')
+    >>> epsilon_text(0.97121), epsilon_text(1.0000000000000002), epsilon_text(float("inf"))
+    ('0.9713', '1', 'unbounded')
     """
     if not math.isfinite(value):
         return "unbounded"
@@ -167,13 +167,13 @@ def cautions(result: SimulationResult) -> list[Caution]:
     if result.epsilon > cap * (1 + 1e-9):
         text = (
             f"The contract allows an epsilon of {epsilon_text(cap)}; "
-            f"this run spent {epsilon_text(result.epsilon, 4)}. Do not release it."
+            f"this run spent {epsilon_text(result.epsilon)}. Do not release it."
         )
         found.append(Caution("More was spent than the contract allows", text, grave=True))
     if not result.epsilon_recomputed <= result.epsilon * AGREEMENT:
         text = (
-            f"The run says {epsilon_text(result.epsilon, 4)}, the independent accountant finds "
-            f"{epsilon_text(result.epsilon_recomputed, 4)}. Believe the larger one."
+            f"The run says {epsilon_text(result.epsilon)}, the independent accountant finds "
+            f"{epsilon_text(result.epsilon_recomputed)}. Believe the larger one."
         )
         found.append(Caution("The two accountants disagree", text, grave=True))
     if result.seed is not None:

@@ -1,0 +1,98 @@
+"""The Flower ClientApp: hands every message to the merchant's worker.
+
+Which merchant a node speaks for is the node's own matter: `merchant` in its node configuration
+names a `merchant.toml`. In Flower's local simulation, where nodes are numbered and all files
+belong to one person, node k takes the k-th merchant of the run's `federation` folder.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients.worker import Worker
+from common.errors import HansaError, PolicyError, RunError
+from common.wire import pack, unpack_attest, unpack_sum_request
+
+logger = logging.getLogger("hansa.merchant")
+
+FindWorker = Callable[[Context], Worker]
+
+
+def create_app(find_worker: FindWorker) -> ClientApp:
+    """Return a ClientApp whose messages are answered by the worker of their context."""
+    client_app = ClientApp()
+
+    def attest(message: Message, context: Context) -> Message:
+        with _nothing_told():
+            answer = find_worker(context).attest(unpack_attest(message.content))
+        return Message(pack(answer), reply_to=message)
+
+    def answer_sum(message: Message, context: Context) -> Message:
+        with _nothing_told():
+            answer = find_worker(context).answer(unpack_sum_request(message.content))
+        return Message(pack(answer), reply_to=message)
+
+    client_app.query("attest")(attest)
+    client_app.query("census")(answer_sum)
+    client_app.train("update")(answer_sum)
+    client_app.evaluate("confusion")(answer_sum)
+    client_app.query("profile")(answer_sum)
+    return client_app
+
+
+@contextmanager
+def _nothing_told() -> Iterator[None]:
+    """Keep the text of unexpected errors here: an exception's text reaches the coordinator."""
+    try:
+        yield
+    except HansaError:
+        raise  # written so that it holds no value of a row
+    except Exception as error:
+        logger.exception("this merchant could not answer")
+        raise RunError(
+            f"the merchant's side failed ({type(error).__name__}); its own log says why"
+        ) from None
+
+
+def worker_of_node(context: Context) -> Worker:
+    """Return the worker of the merchant that this node speaks for."""
+    return _worker(merchant_file(context))
+
+
+def merchant_file(context: Context) -> Path:
+    """Return the `merchant.toml` of this node.
+
+    Raises:
+        PolicyError: The node's configuration names no merchant.
+    """
+    stated = context.node_config.get("merchant")
+    if stated:
+        return Path(str(stated))
+    number, federation = context.node_config.get("partition-id"), context.run_config.get("federation")
+    if number is None or not federation:
+        raise PolicyError(
+            "this node speaks for no merchant: set merchant=\"/path/merchant.toml\" in its "
+            "--node-config (or, in Flower's simulation, federation in the run configuration)"
+        )
+    folders = sorted(Path(str(federation), "merchants").glob("*/merchant.toml"))
+    if not 0 <= int(number) < len(folders):
+        raise PolicyError(
+            f"{federation}: has {len(folders)} merchants, there is none for node {number}; "
+            f"start the simulation with num-supernodes={len(folders)}"
+        )
+    return folders[int(number)]
+
+
+@lru_cache(maxsize=256)
+def _worker(path: Path) -> Worker:
+    from clients.joining import open_worker
+
+    return open_worker(path).worker
+
+
+app = create_app(worker_of_node)

@@ -1,0 +1,63 @@
+"""A published model applied to a merchant's own customers, on the merchant's own machine.
+
+Assignments are customer data: they are written beside the merchant's table and never sent.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from clients.features import encode
+from clients.table import CustomerTable
+from common.bundle import Bundle
+from common.errors import DataError
+
+
+def assign(bundle: Bundle, table: CustomerTable) -> pd.DataFrame:
+    """Return one row a customer: segment, probability, margin, all probabilities.
+
+    Columns: `customer`, `segment_id`, `segment`, `probability` (of that segment), `margin` (to
+    the second most probable), `previous_segment_id` where the table knows last period's, then
+    `p_<segment>` for each segment, and `model_sha256`.
+    """
+    names = bundle.contract.segments.names
+    probabilities = bundle.network.probabilities(bundle.parameters, encode(table, bundle.contract))
+    best = probabilities.argmax(axis=1)
+    ordered = np.sort(probabilities, axis=1)
+    columns: dict[str, object] = {
+        "customer": table.customer_ids,
+        "segment_id": best,
+        "segment": pd.Categorical.from_codes(best.tolist(), categories=list(names)),
+        "probability": ordered[:, -1],
+        "margin": ordered[:, -1] - ordered[:, -2],
+    }
+    if table.previous is not None:
+        columns["previous_segment_id"] = table.previous
+    for number, name in enumerate(names):
+        columns[f"p_{name}"] = probabilities[:, number]
+    columns["model_sha256"] = pd.Categorical.from_codes(
+        np.zeros(len(best), dtype=np.int8), categories=[bundle.model_sha256]
+    )
+    return pd.DataFrame(columns)
+
+
+def write_assignments(assignments: pd.DataFrame, folder: Path) -> None:
+    """Write `assignments.parquet` and `assignments.csv`, readable by their owner only.
+
+    Raises:
+        DataError: The folder cannot be written; no half-written file is left.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("assignments.parquet", "assignments.csv"):
+            partial = folder / f".{name}.partial"
+            if name.endswith(".csv"):
+                assignments.to_csv(partial, index=False)
+            else:
+                assignments.to_parquet(partial, index=False)
+            partial.chmod(0o600)
+            os.replace(partial, folder / name)
+    except OSError as error:
+        raise DataError(f"{folder}: assignments cannot be written ({error})") from None

@@ -1,0 +1,75 @@
+"""The Flower ServerApp: reads the contract, runs the coordinator, publishes the bundle.
+
+Run configuration: `contract` (path of the contract file) or `federation` (a folder that holds
+`contract.toml`), and `out` (folder of the bundle; default `bundle` beside the contract). Nothing
+in it can change what a merchant spends.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.contract import Contract, read_contract
+from common.errors import RunError
+from server.coordinator import Coordinator, Outcome, RoundReport
+
+logger = logging.getLogger("hansa.server")
+
+
+def log_round(report: RoundReport) -> None:
+    """Write one JSON line for a round to the log."""
+    logger.info(
+        json.dumps(
+            {
+                "round": report.round,
+                "rounds": report.rounds,
+                "cohort": report.cohort,
+                "epsilon": round(report.epsilon, 6),
+            }
+        )
+    )
+
+
+def publish_outcome(outcome: Outcome, contract: Contract, folder: Path) -> None:
+    """Publish with a fresh signing key."""
+    from server.publishing import publish
+
+    publish(outcome, contract, folder, Ed25519PrivateKey.generate())
+
+
+def create_app(
+    on_round: Callable[[RoundReport], None] = log_round,
+    on_outcome: Callable[[Outcome, Contract, Path], None] = publish_outcome,
+) -> ServerApp:
+    """Return a ServerApp that reports each round and hands over the outcome."""
+    server_app = ServerApp()
+
+    @server_app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        contract_path, folder = _paths(context)
+        contract = read_contract(contract_path)
+        outcome = Coordinator(grid, contract, on_round).run()
+        on_outcome(outcome, contract, folder)
+
+    return server_app
+
+
+def _paths(context: Context) -> tuple[Path, Path]:
+    config = context.run_config
+    federation, stated = str(config.get("federation", "")), str(config.get("contract", ""))
+    if not federation and not stated:
+        raise RunError(
+            "the run configuration names no contract; give one, for example: "
+            "flwr run . --run-config 'federation=\"/path/of/the/federation\"'"
+        )
+    contract_path = Path(stated) if stated else Path(federation) / "contract.toml"
+    out = str(config.get("out", ""))
+    return contract_path, Path(out) if out else contract_path.parent / "bundle"
+
+
+app = create_app()

@@ -1,0 +1,107 @@
+"""The merchants of a simulation: from a built-in data set, or from a folder on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.joining import customers_of, open_worker
+from clients.merchant import Columns
+from clients.table import CustomerTable, make_table
+from clients.worker import Worker, os_noise, seeded_noise
+from common.contract import Contract, read_contract
+from common.errors import DataError
+from common.ledger import Budget, Ledger
+from simulations.datasets import Dataset
+
+_COLUMNS = Columns(customer="customer", person="person")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One simulated merchant: its table, and the worker that speaks for it."""
+
+    merchant: str
+    table: CustomerTable
+    worker: Worker
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All merchants of a simulation, under one contract."""
+
+    data: str
+    contract: Contract
+    members: tuple[Member, ...]
+    seed: int | None
+    notes: tuple[str, ...]
+
+
+def tables_of(dataset: Dataset, contract: Contract) -> dict[str, CustomerTable]:
+    """Return every merchant's validated table."""
+    return {
+        merchant: make_table(frame, contract, source=f"{dataset.name}/{merchant}", columns=_COLUMNS)
+        for merchant, frame in dataset.merchants.items()
+    }
+
+
+def training_customers(tables: Sequence[CustomerTable]) -> int:
+    """Return the pooled number of training customers, N: known to a simulator only."""
+    return sum(int(((~table.held_out) & (table.labels >= 0)).sum()) for table in tables)
+
+
+def public_delta(customers: int) -> float:
+    """Return delta = 1 / N^1.1, at most 0.01."""
+    return float(min(0.01, max(customers, 2) ** -1.1))
+
+
+def assemble(
+    dataset: Dataset, contract: Contract, ledgers: Path, seed: int | None
+) -> Federation:
+    """Make a federation of a data set; every merchant's cap is the contract's epsilon.
+
+    Args:
+        dataset: The merchants' customers.
+        contract: What they agreed on, final.
+        ledgers: Folder that gets `<merchant>/ledger.sqlite`.
+        seed: Makes the noise repeatable and guessable; None for the operating system's.
+    """
+    budget = Budget(contract.privacy.epsilon, contract.privacy.delta)
+    members = tuple(
+        Member(
+            merchant,
+            table,
+            Worker(
+                merchant,
+                contract,
+                customers_of(table, contract),
+                Ledger(ledgers / merchant / "ledger.sqlite", budget),
+                accept_unmasked_sums=True,
+                noise_for=os_noise if seed is None else seeded_noise(seed, merchant),
+            ),
+        )
+        for merchant, table in tables_of(dataset, contract).items()
+    )
+    return Federation(dataset.name, contract, members, seed, (dataset.provenance,))
+
+
+def open_federation(folder: Path) -> Federation:
+    """Open `contract.toml` and `merchants/*/merchant.toml` as their files say.
+
+    Ledgers are the merchants' own and stay where they are: budgets are spent for good.
+
+    Raises:
+        DataError: The folder holds no federation.
+        HansaError: A file of it cannot be used.
+    """
+    paths = sorted(folder.glob("merchants/*/merchant.toml"))
+    if not paths or not (folder / "contract.toml").is_file():
+        raise DataError(
+            f"{folder}: holds no federation; expected contract.toml and "
+            "merchants/<id>/merchant.toml, as `hansa data generate` writes them"
+        )
+    opened = [open_worker(path) for path in paths]
+    members = tuple(Member(o.worker.merchant, o.table, o.worker) for o in opened)
+    seeds = {o.seed for o in opened if o.seed is not None}
+    return Federation(
+        str(folder), read_contract(folder / "contract.toml"), members, min(seeds, default=None), ()
+    )

@@ -1,0 +1,144 @@
+"""A Flower `Grid` in this process: the real ServerApp and ClientApp, no Ray, no SuperLink.
+
+Every message is serialised to Flower's protobuf and back, both ways, so that what works here
+works on the wire. A client app's exception becomes the error reply that a SuperNode would send.
+"""
+
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+Fault = Callable[[Message], str | None]  # None: deliver; "silent": lose it; else: error text
+
+
+class InProcessGrid(Grid):
+    """Deliver messages to one `ClientApp`, one context a node.
+
+    Args:
+        client_app: Answers every message.
+        nodes: Number of nodes; node k has `partition-id` k in its configuration.
+        run_config: Run configuration that every context carries.
+        fault: Decides the fate of each message, for tests of survival.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: int,
+        run_config: dict[str, Any],
+        fault: Fault | None = None,
+    ) -> None:
+        self._client_app = client_app
+        self._fault = fault
+        self._run = Run.create_empty(run_id=secrets.randbits(62))
+        # Flower's Message constructor asks this process-wide identity who is speaking.
+        TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, 1
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        self.contexts = {
+            node + 2: Context(
+                self._run.run_id,
+                node + 2,
+                {"partition-id": node, "num-partitions": nodes},
+                RecordDict(),
+                dict(run_config),
+            )
+            for node in range(nodes)
+        }
+        self._waiting: dict[str, tuple[int, bytes] | Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        """Replace the run (Flower's interface)."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message to a node (Flower's older interface)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all nodes."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Take messages; each is answered when its reply is pulled."""
+        return [self._push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to the given messages; lost ones have none."""
+        replies = []
+        for message_id in message_ids:
+            item = self._waiting.pop(message_id, None)
+            if isinstance(item, Message):
+                replies.append(item)
+            elif item is not None:
+                replies.append(self._deliver(*item))
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push and pull at once; nothing can arrive later, so `timeout` is not waited for."""
+        del timeout
+        return self.pull_messages(self.push_messages(messages))
+
+    def _push(self, message: Message) -> str:
+        message_id = secrets.token_hex(16)
+        message.metadata.__dict__["_message_id"] = message_id
+        fate = self._fault(message) if self._fault else None
+        if fate is None:
+            node = message.metadata.dst_node_id
+            self._waiting[message_id] = (node, message_to_proto(message).SerializeToString())
+        elif fate != "silent":
+            error = Error(ErrorCode.NODE_UNAVAILABLE, fate)
+            self._waiting[message_id] = Message(error, reply_to=message)
+        return message_id
+
+    def _deliver(self, node: int, raw: bytes) -> Message:
+        """Carry one message through the app across a real serialisation boundary."""
+        message = message_from_proto(MessageProto.FromString(raw))
+        message.metadata.__dict__["_message_id"] = message.metadata.message_id
+        try:
+            reply = self._client_app(message, self.contexts[node])
+        except Exception as error:  # noqa: BLE001  # what a SuperNode does with any exception
+            reason = f"{type(error)}:<'{error}'>"
+            reply = Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
+            )
+        return message_from_proto(
+            MessageProto.FromString(message_to_proto(reply).SerializeToString())
+        )
+
+
+def run_in_process(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    nodes: int,
+    run_config: dict[str, Any],
+    fault: Fault | None = None,
+) -> None:
+    """Run a ServerApp against a ClientApp to its end, in this process."""
+    grid = InProcessGrid(client_app, nodes, run_config, fault)
+    context = Context(
+        grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config)
+    )
+    server_app(grid=grid, context=context)

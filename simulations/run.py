@@ -1,0 +1,224 @@
+"""Contract and merchants -> a finished run: rounds through Flower, bundle, assignments, result."""
+
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context
+
+from audit.epsilon import recompute
+from clients.app import create_app as create_client_app
+from clients.assignment import assign, write_assignments
+from clients.worker import Worker
+from common.accounting import epsilon
+from common.bundle import read_bundle
+from common.contract import Contract, contract_toml
+from common.errors import AccountingError, RunError
+from common.events import Event, merged, to_document
+from common.ledger import Entry
+from server.app import create_app as create_server_app
+from server.coordinator import NoisySum, Outcome, RoundReport
+from server.publishing import accuracy_of, epsilon_by_stage, publish
+from simulations.federation import Federation, Member
+from simulations.grid import Fault, run_in_process
+from simulations.result import MerchantRecord, RoundRecord, SegmentRecord, SimulationResult
+
+_AGREEMENT = 0.02  # relative difference between two accountants that is let pass
+
+OnRound = Callable[[RoundRecord, int], None]  # (round, rounds of the contract)
+
+
+def prepare_folder(out: Path, *, overwrite: bool) -> None:
+    """Make an empty folder for a simulation.
+
+    Raises:
+        RunError: The folder holds something; with `overwrite`, something other than an earlier
+            simulation.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise RunError(f"{out}: is not empty; choose another --out, or add --overwrite")
+        if not (out / "contract.toml").is_file() or not (out / "bundle").is_dir():
+            raise RunError(f"{out}: holds no earlier simulation; it is not overwritten")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def simulate(
+    federation: Federation, out: Path, on_round: OnRound, fault: Fault | None = None
+) -> SimulationResult:
+    """Run the federation and write bundle and assignments under `out`.
+
+    Raises:
+        RunError: Too few merchants take part or answer.
+        AccountingError: Two accountants disagree on what was spent.
+    """
+    began = time.monotonic()
+    contract = federation.contract
+    records: list[RoundRecord] = []
+
+    def report(round_report: RoundReport) -> None:
+        records.append(_round_record(round_report, len(contract.segments.names)))
+        on_round(records[-1], round_report.rounds)
+
+    outcome = run_rounds(federation, out, report, fault)
+    documents = publish(
+        outcome,
+        contract,
+        out / "bundle",
+        Ed25519PrivateKey.generate(),
+        seeded=federation.seed is not None,
+    )
+    _assign_everywhere(federation, out)
+    merchants, total, server, recomputed = _spending(federation, outcome)
+    metrics = documents["metrics.json"]
+    return SimulationResult(
+        run=outcome.run,
+        data=federation.data,
+        contract=contract,
+        seed=federation.seed,
+        rounds=tuple(records),
+        merchants=merchants,
+        confusion=tuple(tuple(row) for row in metrics["confusion"]),
+        metrics={
+            name: metrics[name]
+            for name in ("accuracy", "accuracy_error", "macro_f1")
+            if metrics[name] is not None
+        },
+        segments=_segment_records(documents["segments.json"]["segments"]),
+        epsilon=total,
+        epsilon_server=server,
+        epsilon_recomputed=recomputed,
+        delta=contract.privacy.delta,
+        spent=epsilon_by_stage(outcome, contract.privacy.delta),
+        secure=contract.aggregation.secure,
+        bundle=out / "bundle",
+        seconds=time.monotonic() - began,
+        peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        notes=(*federation.notes, *_failure_notes(outcome)),
+    )
+
+
+def run_rounds(
+    federation: Federation,
+    out: Path,
+    on_round: Callable[[RoundReport], None],
+    fault: Fault | None = None,
+) -> Outcome:
+    """Carry out the contract through Flower, publish nothing.
+
+    Raises:
+        RunError: Too few merchants take part or answer.
+    """
+    outcomes: list[Outcome] = []
+    (out / "contract.toml").write_text(contract_toml(federation.contract), encoding="utf-8")
+
+    def finish(outcome: Outcome, _contract: Contract, _folder: Path) -> None:
+        outcomes.append(outcome)
+
+    def worker_of(context: Context) -> Worker:
+        return federation.members[int(context.node_config["partition-id"])].worker
+
+    run_in_process(
+        create_server_app(on_round, finish),
+        create_client_app(worker_of),
+        len(federation.members),
+        {"contract": str(out / "contract.toml"), "out": str(out / "bundle")},
+        fault,
+    )
+    return outcomes[0]
+
+
+def _round_record(report: RoundReport, segments: int) -> RoundRecord:
+    accuracy = None
+    if report.evaluation is not None:
+        counts = report.evaluation.total.reshape(segments, segments)
+        accuracy = accuracy_of(counts, report.evaluation.stddev)
+    return RoundRecord(
+        report.round,
+        report.cohort,
+        report.epsilon,
+        accuracy[0] if accuracy else None,
+        accuracy[1] if accuracy else None,
+    )
+
+
+def _assign_everywhere(federation: Federation, out: Path) -> None:
+    """Let every merchant assign its own customers, also those that refused to train."""
+    bundle = read_bundle(out / "bundle")
+    for member in federation.members:
+        write_assignments(assign(bundle, member.table), out / "merchants" / member.merchant)
+
+
+def _spending(
+    federation: Federation, outcome: Outcome
+) -> tuple[tuple[MerchantRecord, ...], float, float, float]:
+    """Return the merchants' records, and epsilon (sums, server, recomputed) of the whole run.
+
+    Read from the merchants' own ledgers, not from what the coordinator believes.
+    """
+    delta = federation.contract.privacy.delta
+    records, worst_events, worst = [], tuple[Event, ...](), 0.0
+    for member in federation.members:
+        charged = [e for e in member.worker.ledger.entries(outcome.run) if e.kind == "charge"]
+        events = merged(entry.event for entry in charged)
+        record = _merchant_record(member, outcome, charged, delta)
+        records.append(record)
+        if record.epsilon > worst:
+            worst, worst_events = record.epsilon, events
+    recomputed = recompute([to_document(event) for event in worst_events], delta)
+    if abs(recomputed - worst) > _AGREEMENT * max(worst, 0.5):
+        raise AccountingError(
+            f"two accountants disagree: epsilon {worst:.4f} and {recomputed:.4f}; nothing is claimed"
+        )
+    server = max((record.epsilon_server for record in records), default=0.0)
+    return tuple(records), worst, server, recomputed
+
+
+def _merchant_record(
+    member: Member, outcome: Outcome, charged: list[Entry], delta: float
+) -> MerchantRecord:
+    member.worker.ledger.close()
+    accuracy = _own_accuracy(member, outcome.evaluations[-1])
+    return MerchantRecord(
+        id=member.merchant,
+        customers=len(member.table.labels),
+        epsilon=epsilon([entry.event for entry in charged], delta),
+        epsilon_server=epsilon([entry.towards_server for entry in charged], delta),
+        accuracy=accuracy[0] if accuracy else None,
+        accuracy_error=accuracy[1] if accuracy else None,
+        refused=outcome.refusals.get(member.merchant),
+    )
+
+
+def _own_accuracy(member: Member, evaluation: NoisySum) -> tuple[float, float] | None:
+    """Return accuracy as the merchant's own noisy message tells it, if it tells anything."""
+    part = evaluation.parts.get(member.merchant)
+    if part is None:
+        return None
+    segments = len(member.worker.contract.segments.names)
+    stddev = evaluation.stddev / len(evaluation.parts) ** 0.5
+    return accuracy_of(part.reshape(segments, segments), stddev)
+
+
+def _segment_records(segments: list[dict[str, object]]) -> tuple[SegmentRecord, ...]:
+    return tuple(
+        SegmentRecord(
+            id=segment["id"],  # type: ignore[arg-type]
+            name=segment["name"],  # type: ignore[arg-type]
+            share=segment.get("share"),  # type: ignore[arg-type]
+            share_error=segment.get("share_error"),  # type: ignore[arg-type]
+            action=segment["action"],  # type: ignore[arg-type]
+            profile=segment.get("profile", {}),  # type: ignore[arg-type]
+        )
+        for segment in segments
+    )
+
+
+def _failure_notes(outcome: Outcome) -> tuple[str, ...]:
+    return tuple(f"{who}: {what}" for who, what in sorted(outcome.failures.items()))
+
+
