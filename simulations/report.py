@@ -189,7 +189,7 @@ def _settings(contract: Contract) -> list[tuple[str, str]]:
     training, model, privacy = contract.training, contract.model, contract.privacy
     federation, aggregation = contract.federation, contract.aggregation
     layers = ", ".join(str(size) for size in model.hidden)
-    epsilon, rate = wording.epsilon_text(privacy.epsilon), wording.number(training.learning_rate)
+    epsilon, rate = wording.epsilon_text(privacy.epsilon), wording.number(training.step_size)
     needed = f"{federation.min_merchants:,} to start, {contract.min_survivors:,} in every sum"
     shape = f"{model.family}, hidden layers {layers}, {model.activation}"
     noise = {
