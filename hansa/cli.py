@@ -1,0 +1,172 @@
+"""The `hansa` command: thin wrappers, heavy imports inside each command.
+
+Exit codes: 0 done, 1 the run or check failed, 2 wrong use, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hansa.commands import data as data_commands
+from hansa.commands import merchant as merchant_commands
+
+app = typer.Typer(
+    name="hansa",
+    help="Merchants learn customer segments together; nobody sees another merchant's customer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data_commands.app, name="data")
+app.add_typer(merchant_commands.app, name="merchant")
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A built-in data set (`hansa data list`), or the folder of a federation as "
+        "`hansa data generate` writes it.",
+    ),
+]
+PartitionOption = Annotated[
+    str | None, typer.Option("--partition", help="How customers are divided over merchants.")
+]
+LabelOption = Annotated[str | None, typer.Option("--label", help="What the segments say.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="Size of the synthetic data set.")
+]
+MerchantsOption = Annotated[
+    int | None,
+    typer.Option("--merchants", min=1, help="Number of merchants (cdnow and synthetic)."),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result as JSON; - for the terminal.")
+]
+DataSeedOption = Annotated[
+    int, typer.Option("--data-seed", min=0, help="Seed of generated or dealt customers.")
+]
+
+
+@app.command()
+def simulate(  # noqa: PLR0913, PLR0917
+    contract: Annotated[
+        Path | None, typer.Argument(help="A contract file; default the data set's own.")
+    ] = None,
+    data: DataOption = "synthetic",
+    partition: PartitionOption = None,
+    label: LabelOption = None,
+    preset: PresetOption = None,
+    merchants: MerchantsOption = None,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Epsilon of the whole run.")
+    ] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            "--delta", help="Default: 1 / N^1.1, N the pooled training customers of a built-in set."
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="`distributed` or `local` noise.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Training rounds.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            help="Makes the run repeatable and its noise guessable: not for release.",
+        ),
+    ] = None,
+    data_seed: DataSeedOption = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results; default out/<time>.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier simulation in --out.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Run a whole federation in this process and write a report."""
+    from hansa.commands.simulate import Choices, run
+
+    run(
+        Choices(
+            contract, data, partition, label, preset, merchants, epsilon, delta, mode, rounds,
+            seed, data_seed, out, overwrite, json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def compare(  # noqa: PLR0913, PLR0917
+    contract: Annotated[
+        Path | None, typer.Argument(help="A contract file; default the data set's own.")
+    ] = None,
+    data: DataOption = "synthetic",
+    partition: PartitionOption = None,
+    label: LabelOption = None,
+    preset: PresetOption = None,
+    merchants: MerchantsOption = None,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option("--epsilon", help="Epsilon of the private methods; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of splits.")] = 5,
+    data_seed: DataSeedOption = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for comparison.html and .png.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Compare private and open, alone, federated and pooled training: one table, one picture."""
+    from hansa.commands.compare import Choices, run
+
+    run(
+        Choices(
+            contract, data, partition, label, preset, merchants, tuple(epsilon or (1.0,)), seeds,
+            data_seed, out, json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def contract(
+    path: Annotated[Path, typer.Argument(help="The contract file.")],
+) -> None:
+    """Check a contract; show its hash, what a run would release and what that costs."""
+    from hansa.commands.contract import run
+
+    run(path)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(installed("hansa"))
+
+
+def main() -> None:
+    """Run the command and turn errors that a person can put right into one clear message."""
+    from common.errors import AccountingError, BundleError, HansaError, RunError
+
+    try:
+        app()
+    except (RunError, AccountingError, BundleError) as error:
+        typer.echo(f"hansa: {error}", err=True)
+        sys.exit(1)
+    except HansaError as error:
+        typer.echo(f"hansa: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("hansa: interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`hansa compare`: every method on the same customers, one table and one picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+from hansa.commands.choose import chosen_contract, chosen_dataset, write_json
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The command's options, as typed."""
+
+    contract: Path | None
+    data: str
+    partition: str | None
+    label: str | None
+    preset: str | None
+    merchants: int | None
+    epsilons: tuple[float, ...]
+    seeds: int
+    data_seed: int
+    out: Path | None
+    json: Path | None
+
+
+def run(choices: Choices) -> None:
+    """Measure, print the table and the verdict, write what was asked for."""
+    from rich.console import Console
+
+    from simulations.compare import Question, compare
+    from simulations.documents import comparison_document
+    from simulations.report import verdict, write_comparison, write_comparison_picture
+    from simulations.tables import comparison_table, sizes_table
+
+    for epsilon in choices.epsilons:
+        if not 0 < epsilon <= 100:
+            raise DataError(f"--epsilon: expected a number above 0 and up to 100, got {epsilon:g}")
+    console = Console(stderr=str(choices.json) == "-")
+    with console.status("reading customers") as status:
+        dataset = chosen_dataset(
+            choices.data,
+            partition=choices.partition,
+            label=choices.label,
+            preset=choices.preset,
+            merchants=choices.merchants,
+            seed=choices.data_seed,
+        )
+        contract = chosen_contract(dataset, choices.contract)
+        epsilons = tuple(sorted(set(choices.epsilons)))
+        comparison = compare(
+            Question(dataset, contract, epsilons, choices.seeds), lambda step: status.update(step)
+        )
+    console.print(comparison_table(comparison))
+    console.print(sizes_table(comparison))
+    for sentence in (*verdict(comparison), *comparison.notes):
+        console.print(sentence, highlight=False, markup=False)
+    if choices.out is not None:
+        choices.out.mkdir(parents=True, exist_ok=True)
+        write_comparison(comparison, choices.out / "comparison.html")
+        write_comparison_picture(comparison, choices.out / "comparison.png")
+        console.print(f"Page    {choices.out / 'comparison.html'}", highlight=False, markup=False)
+    if choices.json is not None:
+        write_json(comparison_document(comparison), choices.json)

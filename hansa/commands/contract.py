@@ -1,0 +1,36 @@
+"""`hansa contract`: check a contract and show what a run under it would release."""
+
+from pathlib import Path
+
+from common.contract import read_contract
+from common.plan import plan_of, planned_epsilon
+
+
+def run(path: Path) -> None:
+    """Print hash, shape, releases and epsilon of a contract.
+
+    Raises:
+        ContractError: The contract is not valid.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    contract = read_contract(path)
+    plan, console = plan_of(contract), Console()
+    console.print(f"{path}: valid", markup=False)
+    console.print(f"SHA-256 {contract.sha256}", highlight=False)
+    console.print(
+        f"{contract.inputs} inputs, {len(contract.segments.names)} segments, "
+        f"{plan.update.length} parameters, at least {contract.min_survivors} merchants a sum",
+        highlight=False,
+    )
+    table = Table("Release", "Numbers", "Noise / sensitivity", "Times")
+    for release in plan.releases():
+        sigma = f"{release.event.noise_multiplier:.4g}"
+        table.add_row(release.stage, str(release.length), sigma, str(release.times))
+    console.print(table)
+    console.print(
+        f"Everything together: epsilon {planned_epsilon(contract):.4g} at delta "
+        f"{contract.privacy.delta:.3g}",
+        highlight=False,
+    )

@@ -1,0 +1,60 @@
+"""`hansa merchant`: what a merchant does with its own customers, on its own machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Check your table, assign your customers.", no_args_is_help=True)
+
+FileArgument = Annotated[Path, typer.Argument(help="Your merchant.toml.")]
+
+
+@app.command()
+def check(
+    merchant_file: FileArgument,
+    contract: Annotated[Path, typer.Option(help="The federation's contract.")],
+) -> None:
+    """Read your table as a run would, and say what was found. Nothing is sent."""
+    from clients.merchant import read_merchant
+    from clients.table import read_table
+    from common.contract import read_contract
+    from common.plan import planned_epsilon
+
+    agreed = read_contract(contract)
+    merchant = read_merchant(merchant_file)
+    table = read_table(merchant, agreed)
+    known = int((table.labels >= 0).sum())
+    typer.echo(
+        f"{len(table.labels):,} customers, {known:,} with a segment, "
+        f"{int((table.held_out & (table.labels >= 0)).sum()):,} of them held out"
+    )
+    for feature, customers in table.out_of_bounds.items():
+        if customers:
+            typer.echo(f"{feature}: {customers:,} customers outside the contract's bounds, clipped")
+    typer.echo(
+        f"a run under this contract costs epsilon {planned_epsilon(agreed):.4g} at delta "
+        f"{agreed.privacy.delta:.3g}; your cap is epsilon {merchant.policy.epsilon:.4g} at delta "
+        f"{merchant.policy.delta:.3g}"
+    )
+    if not agreed.aggregation.secure and not merchant.policy.accept_unmasked_sums:
+        typer.echo("your policy refuses this contract: its sums are not masked")
+
+
+@app.command()
+def assign(
+    bundle: Annotated[Path, typer.Argument(help="The published bundle.")],
+    merchant_file: FileArgument,
+    out: Annotated[Path, typer.Option(help="Folder for assignments.parquet and .csv.")],
+) -> None:
+    """Assign your customers to segments with a published model. Nothing is sent."""
+    from clients.assignment import assign as assign_customers
+    from clients.assignment import write_assignments
+    from clients.merchant import read_merchant
+    from clients.table import read_table
+    from common.bundle import read_bundle
+
+    published = read_bundle(bundle)
+    table = read_table(read_merchant(merchant_file), published.contract)
+    write_assignments(assign_customers(published, table), out)
+    typer.echo(f"{len(table.labels):,} customers assigned, in {out}")
