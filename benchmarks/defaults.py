@@ -102,9 +102,7 @@ def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[
     return {"accuracy": scores.accuracy, "auc": scores.auc}
 
 
-def _train(  # noqa: PLR0913, PLR0917
-    what: str, contract: Contract, x: Any, y: Any, merchants: int, seed: int
-) -> Any:
+def _train(what: str, contract: Contract, x: Any, y: Any, merchants: int, seed: int) -> Any:
     private = what in {"distributed", "local"}
     clip_norm = contract.privacy.clip_norm if private else 1e12
     shares = {"distributed": merchants / contract.noise_contributors, "local": merchants}
@@ -135,9 +133,7 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         for what in arguments.what:
             names = list(GRID[what])
-            candidates = [
-                dict(zip(names, v, strict=True)) for v in product(*GRID[what].values())
-            ]
+            candidates = [dict(zip(names, v, strict=True)) for v in product(*GRID[what].values())]
             jobs = [
                 (
                     what,

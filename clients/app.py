@@ -73,10 +73,13 @@ def merchant_file(context: Context) -> Path:
     stated = context.node_config.get("merchant")
     if stated:
         return Path(str(stated))
-    number, federation = context.node_config.get("partition-id"), context.run_config.get("federation")
+    number, federation = (
+        context.node_config.get("partition-id"),
+        context.run_config.get("federation"),
+    )
     if number is None or not federation:
         raise PolicyError(
-            "this node speaks for no merchant: set merchant=\"/path/merchant.toml\" in its "
+            'this node speaks for no merchant: set merchant="/path/merchant.toml" in its '
             "--node-config (or, in Flower's simulation, federation in the run configuration)"
         )
     folders = sorted(Path(str(federation), "merchants").glob("*/merchant.toml"))

@@ -29,7 +29,7 @@ def assign(bundle: Bundle, table: CustomerTable) -> pd.DataFrame:
     columns: dict[str, object] = {
         "customer": table.customer_ids,
         "segment_id": best,
-        "segment": pd.Categorical.from_codes(best.tolist(), categories=list(names)),
+        "segment": pd.Categorical.from_codes(best, categories=pd.Index(list(names))),
         "probability": ordered[:, -1],
         "margin": ordered[:, -1] - ordered[:, -2],
     }
@@ -38,7 +38,7 @@ def assign(bundle: Bundle, table: CustomerTable) -> pd.DataFrame:
     for number, name in enumerate(names):
         columns[f"p_{name}"] = probabilities[:, number]
     columns["model_sha256"] = pd.Categorical.from_codes(
-        np.zeros(len(best), dtype=np.int8), categories=[bundle.model_sha256]
+        np.zeros(len(best), dtype=np.int64), categories=pd.Index([bundle.model_sha256])
     )
     return pd.DataFrame(columns)
 

@@ -65,9 +65,9 @@ def clipped_gradient_sum(
         )
         factor = (clip_norm / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp_(max=1.0)
         for a, d, layer in zip(inputs, deltas, sums, strict=True):
-            d *= factor[:, None]
-            layer[:, :-1] += d.T @ a
-            layer[:, -1] += d.sum(0)
+            clipped = d.mul_(factor[:, None])
+            layer[:, :-1] += clipped.T @ a
+            layer[:, -1] += clipped.sum(0)
     return total
 
 
@@ -90,8 +90,6 @@ def _backward(
     return inputs, deltas
 
 
-def sampled(
-    count: int, sampling_rate: float, noise: NoiseSource
-) -> Bool[np.ndarray, " R"] | slice:
+def sampled(count: int, sampling_rate: float, noise: NoiseSource) -> Bool[np.ndarray, " R"] | slice:
     """Choose the customers of one step: all, or each with chance `sampling_rate` (Poisson)."""
     return slice(None) if sampling_rate == 1.0 else noise.chosen(count, sampling_rate)

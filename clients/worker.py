@@ -67,7 +67,7 @@ class Worker:
         ContractError: Opacus finds that the model cannot be trained privately.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         merchant: str,
         contract: Contract,
@@ -82,6 +82,7 @@ class Worker:
         self.ledger = ledger
         self._accept_unmasked_sums = accept_unmasked_sums
         self._noise_for = noise_for
+        self._repeatable = noise_for is not os_noise
         self._plan = plan_of(contract)
         self._network = network_of(contract)
         self._train = customers.part(held_out=False)
@@ -103,8 +104,8 @@ class Worker:
                 )
             self.ledger.check_affordable(self._plan.events())
         except HansaError as refusal:
-            return Attested(self.merchant, str(refusal))
-        return Attested(self.merchant, "")
+            return Attested(self.merchant, str(refusal), self._repeatable)
+        return Attested(self.merchant, "", self._repeatable)
 
     def answer(self, request: SumRequest) -> SumAnswer:
         """Return this merchant's noisy part of a sum, charged before it is computed."""
@@ -138,7 +139,7 @@ class Worker:
         if request.round > rounds:
             raise WireError(f"field 'round': the contract ends after {rounds} rounds")
         theta = request.parameters
-        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) < 1e6):  # noqa: PLR2004
+        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) < 1e6):
             raise WireError(
                 f"field 'vector': expected {self._network.size} finite model parameters"
             )

@@ -113,7 +113,9 @@ def _checked_files(folder: Path) -> dict[str, bytes]:
     except FileNotFoundError as error:
         raise BundleError(f"{error.filename}: is missing; is {folder} a bundle?") from None
     except InvalidSignature:
-        raise BundleError(f"{folder / MANIFEST}: the signature does not fit; it was changed") from None
+        raise BundleError(
+            f"{folder / MANIFEST}: the signature does not fit; it was changed"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{folder / MANIFEST}: is no manifest of a bundle") from None
     for name, data in files.items():

@@ -95,22 +95,29 @@ class Feature(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.kind == "category" and len(set(self.categories)) != max(len(self.categories), 2):
-            raise ValueError("a category feature needs at least two different `categories`")
-        if self.kind != "category" and self.categories:
+        if self.kind == "category":
+            self._check_category()
+        elif self.categories:
             raise ValueError("`categories` belong to features of kind 'category' only")
         if self.kind == "number":
-            if not self.low < self.high:
-                raise ValueError(f"expected low < high, got low={self.low} and high={self.high}")
-            if self.transform != "none" and self.low < 0:
-                raise ValueError(f"transform '{self.transform}' needs low >= 0, got {self.low}")
+            self._check_number()
         elif self.transform != "none":
             raise ValueError("a transform belongs to features of kind 'number' only")
-        if self.kind == "category" and not isinstance(self.missing, str):
-            raise ValueError("a category is missing as 'refuse' or 'indicator', not as a number")
         if self.measure is not None:
             self._check_measure(self.measure)
         return self
+
+    def _check_category(self) -> None:
+        if len(set(self.categories)) != max(len(self.categories), 2):
+            raise ValueError("a category feature needs at least two different `categories`")
+        if not isinstance(self.missing, str):
+            raise ValueError("a category is missing as 'refuse' or 'indicator', not as a number")
+
+    def _check_number(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"expected low < high, got low={self.low} and high={self.high}")
+        if self.transform != "none" and self.low < 0:
+            raise ValueError(f"transform '{self.transform}' needs low >= 0, got {self.low}")
 
     @staticmethod
     def _check_measure(measure: str) -> None:
@@ -120,7 +127,9 @@ class Feature(Section):
         if name in {"spend_last", "purchases_last"} and not re.fullmatch(r"[1-9]\d{0,4}", argument):
             raise ValueError(f"measure '{name}' needs a number of days, like '{name}:30'")
         if name == "category_share" and not argument:
-            raise ValueError("measure 'category_share' needs a category, like 'category_share:FUEL'")
+            raise ValueError(
+                "measure 'category_share' needs a category, like 'category_share:FUEL'"
+            )
 
     @property
     def width(self) -> int:
@@ -251,7 +260,10 @@ class Training(Section):
         "0 publishes the last model.",
     )
     held_out: float = Field(
-        0.25, gt=0, lt=1, description="Share of the customers kept for evaluation, never trained on."
+        0.25,
+        gt=0,
+        lt=1,
+        description="Share of the customers kept for evaluation, never trained on.",
     )
     split_seed: int = Field(
         0, ge=0, description="Enters the hash that decides which customers are held out."
@@ -319,9 +331,7 @@ class Aggregation(Section):
         description="Fewest merchants whose answers make a valid sum; noise shares are sized for "
         "them. Default: 90 % of min_merchants, rounded down, at least 1.",
     )
-    colluders: int = Field(
-        0, ge=0, description="Merchants whose noise shares are not counted on."
-    )
+    colluders: int = Field(0, ge=0, description="Merchants whose noise shares are not counted on.")
 
     @field_validator("secure")
     @classmethod
@@ -380,7 +390,9 @@ class Contract(Section):
     def min_survivors(self) -> int:
         """Fewest merchants whose answers make a valid sum."""
         stated = self.aggregation.min_survivors
-        return stated if stated is not None else max(1, int(self.federation.min_merchants * 9 // 10))
+        return (
+            stated if stated is not None else max(1, int(self.federation.min_merchants * 9 // 10))
+        )
 
     @property
     def noise_contributors(self) -> int:

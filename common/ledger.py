@@ -172,7 +172,7 @@ class Ledger:
         return self._charged
 
     @staticmethod
-    def _append(  # noqa: PLR0913, PLR0917
+    def _append(
         connection: sqlite3.Connection,
         kind: str,
         occasion: Occasion,

@@ -45,13 +45,14 @@ class Network:
         logits = x @ last[:, :-1].T + last[:, -1]
         logits -= logits.max(axis=1, keepdims=True)
         np.exp(logits, out=logits)
-        return logits / logits.sum(axis=1, keepdims=True)
+        logits /= logits.sum(axis=1, keepdims=True)
+        return np.asarray(logits)
 
     def predictions(
         self, theta: Float[np.ndarray, " P"], x: Float[np.ndarray, "R F"]
     ) -> Int[np.ndarray, " R"]:
         """Return each row's most probable segment id."""
-        return self.probabilities(theta, x).argmax(axis=1)
+        return np.asarray(self.probabilities(theta, x).argmax(axis=1))
 
 
 def network_of(contract: Contract) -> Network:

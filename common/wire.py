@@ -27,6 +27,7 @@ class Attested:
 
     merchant: str
     refusal: str
+    repeatable: bool  # its noise is seeded, for a simulation: whoever knows the seed knows it
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def unpack_attest(content: RecordDict) -> Attest:
 def unpack_attested(content: RecordDict) -> Attested:
     """Read an `Attested`; raises `WireError` like `unpack_attest`."""
     config = _config(content, "Attested")
-    return Attested(_text(config, "merchant"), _text(config, "refusal"))
+    repeatable = config.get("repeatable")
+    if not isinstance(repeatable, bool):
+        raise WireError("field 'repeatable': expected true or false")
+    return Attested(_text(config, "merchant"), _text(config, "refusal"), repeatable)
 
 
 def unpack_sum_request(content: RecordDict) -> SumRequest:
@@ -102,9 +106,7 @@ def unpack_sum_request(content: RecordDict) -> SumRequest:
 def unpack_sum_answer(content: RecordDict) -> SumAnswer:
     """Read a `SumAnswer`; raises `WireError` like `unpack_attest`."""
     config = _config(content, "SumAnswer")
-    return SumAnswer(
-        _text(config, "merchant"), _text(config, "refusal"), _vector(content, "int64")
-    )
+    return SumAnswer(_text(config, "merchant"), _text(config, "refusal"), _vector(content, "int64"))
 
 
 def _config(content: RecordDict, expected: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ in it can change what a merchant spends.
 """
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,21 +17,11 @@ from common.contract import Contract, read_contract
 from common.errors import RunError
 from server.coordinator import Coordinator, Outcome, RoundReport
 
-logger = logging.getLogger("hansa.server")
 
-
-def log_round(report: RoundReport) -> None:
-    """Write one JSON line for a round to the log."""
-    logger.info(
-        json.dumps(
-            {
-                "round": report.round,
-                "rounds": report.rounds,
-                "cohort": report.cohort,
-                "epsilon": round(report.epsilon, 6),
-            }
-        )
-    )
+def print_round(report: RoundReport) -> None:
+    """Print one JSON line for a round; Flower keeps what a ServerApp prints as its log."""
+    line = {"round": report.round, "rounds": report.rounds, "cohort": report.cohort}
+    print(json.dumps({**line, "epsilon": round(report.epsilon, 6)}), flush=True)
 
 
 def publish_outcome(outcome: Outcome, contract: Contract, folder: Path) -> None:
@@ -43,13 +32,13 @@ def publish_outcome(outcome: Outcome, contract: Contract, folder: Path) -> None:
 
 
 def create_app(
-    on_round: Callable[[RoundReport], None] = log_round,
+    on_round: Callable[[RoundReport], None] = print_round,
     on_outcome: Callable[[Outcome, Contract, Path], None] = publish_outcome,
 ) -> ServerApp:
     """Return a ServerApp that reports each round and hands over the outcome."""
     server_app = ServerApp()
 
-    @server_app.main()  # type: ignore[untyped-decorator]
+    @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         contract_path, folder = _paths(context)
         contract = read_contract(contract_path)

@@ -82,6 +82,7 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
     events: list[tuple[str, Event]] = field(default_factory=list)  # (stage, event) asked for
     merchants: list[str] = field(default_factory=list)
+    repeatable: bool = False  # a merchant's noise was seeded: not for release
 
 
 class Coordinator:
@@ -125,9 +126,7 @@ class Coordinator:
                 outcome.evaluations.append(evaluation)
             outcome.cohorts.append(len(update.parts))
             self._on_round(
-                RoundReport(
-                    number, training.rounds, len(update.parts), self._spent(), evaluation
-                )
+                RoundReport(number, training.rounds, len(update.parts), self._spent(), evaluation)
             )
         outcome.parameters = optimizer.published
         if self._plan.profile is not None:
@@ -138,9 +137,7 @@ class Coordinator:
         """Ask every node whether it takes part; keep those that do."""
         nodes = sorted(self._grid.get_node_ids())
         content = pack(Attest(self._outcome.run, self._sha256))
-        result = run_stage(
-            self._grid, "query.attest", lambda: content, nodes, self._timeout_s
-        )
+        result = run_stage(self._grid, "query.attest", lambda: content, nodes, self._timeout_s)
         self._note_failures(result.errors, result.silent)
         for node, record in result.contents.items():
             try:
@@ -156,6 +153,7 @@ class Coordinator:
                 )
             else:
                 self._members[node] = answer.merchant
+                self._outcome.repeatable |= answer.repeatable
         needed = self._contract.min_survivors
         if len(self._members) < needed:
             raise RunError(
@@ -229,7 +227,7 @@ class Coordinator:
             raise RunError(f"the contract knows no stage '{stage}'")
         local_update = stage == UPDATE and self._contract.training.mode == "local"
         step = LOCAL_STEP if local_update else lattice_step(release.event.sensitivity)
-        total = np.sum(list(answers.values()), axis=0, dtype=np.int64)
+        total = np.asarray(np.sum(list(answers.values()), axis=0, dtype=np.int64))
         share = release.event.noise_multiplier * release.event.sensitivity
         stddev = share * np.sqrt(len(answers) / self._contract.noise_contributors)
         parts = {merchant: from_lattice(vector, step) for merchant, vector in answers.items()}
@@ -254,7 +252,7 @@ class Coordinator:
     def _reasons(self) -> str:
         reasons = {**self._outcome.failures, **self._outcome.refusals}
         shown = [f"{name}: {reason}" for name, reason in sorted(reasons.items())][:5]
-        more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""  # noqa: PLR2004
+        more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
         return ("; " + "; ".join(shown) + more) if shown else ""
 
     @property

@@ -30,8 +30,6 @@ def publish(
     contract: Contract,
     folder: Path,
     key: Ed25519PrivateKey,
-    *,
-    seeded: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Write the bundle and return its JSON documents by file name.
 
@@ -47,7 +45,7 @@ def publish(
     documents: dict[str, dict[str, Any]] = {
         "segments.json": segments_document(outcome.profile, contract),
         "metrics.json": metrics_document(outcome.evaluations[-1], contract),
-        "privacy.json": privacy_document(outcome, contract, seeded=seeded),
+        "privacy.json": privacy_document(outcome, contract),
     }
     documents["metrics.json"]["onnx_max_difference"] = parity
     files = {
@@ -126,9 +124,7 @@ def segments_document(profile: NoisySum | None, contract: Contract) -> dict[str,
             known = count >= _TOO_FEW * error
             segment["share"] = min(max(count / total, 0.0), 1.0) if known else None
             segment["share_error"] = error / total if known else None
-            segment["profile"] = (
-                _profile(row[1:], count, profile.stddev, contract) if known else {}
-            )
+            segment["profile"] = _profile(row[1:], count, profile.stddev, contract) if known else {}
     return {
         "format": "hansa/segments/1",
         "note": "noisy; null means suppressed: too few to tell from noise",
@@ -168,14 +164,12 @@ def towards_server(outcome: Outcome, contract: Contract) -> list[tuple[str, Even
     ]
 
 
-def privacy_document(
-    outcome: Outcome, contract: Contract, *, seeded: bool = False
-) -> dict[str, Any]:
+def privacy_document(outcome: Outcome, contract: Contract) -> dict[str, Any]:
     """Return everything that was released, and the epsilon of all of it together."""
     delta = contract.privacy.delta
     total = epsilon([event for _, event in outcome.events], delta)
     server = epsilon([event for _, event in towards_server(outcome, contract)], delta)
-    notes = [statements.NOT_MASKED] + ([statements.NOT_FOR_RELEASE] if seeded else [])
+    notes = [statements.NOT_MASKED] + ([statements.NOT_FOR_RELEASE] if outcome.repeatable else [])
     return {
         "format": "hansa/privacy/1",
         "run": outcome.run,

@@ -76,7 +76,8 @@ def compare(question: Question, on_step: Callable[[str], None]) -> Comparison:
     `on_step` is told in words what is being measured.
     """
     scores: dict[tuple[str, float | None], list[Scores]] = {}
-    customers, groups, names = [], np.zeros(0), ()
+    customers: list[int] = []
+    names: tuple[str, ...] = ()
     delta = 0.0
     for seed in range(question.seeds):
         contract = question.contract.revised(training={"split_seed": seed})
@@ -88,9 +89,7 @@ def compare(question: Question, on_step: Callable[[str], None]) -> Comparison:
         groups, names = _size_groups(merchants)
         group_of_row = groups[merchants.merchant[merchants.test]]
         for method, epsilon, probabilities in _answers(question, contract, merchants, on_step):
-            found = scores_of(
-                merchants.y[merchants.test], probabilities, group_of_row, len(names)
-            )
+            found = scores_of(merchants.y[merchants.test], probabilities, group_of_row, len(names))
             scores.setdefault((method, epsilon), []).append(found)
     return Comparison(
         data=question.dataset.name,
@@ -135,8 +134,11 @@ def _answers(
 
 def _stacked(tables: list[CustomerTable], contract: Contract) -> Merchants:
     known = [table.labels >= 0 for table in tables]
-    previous = [table.previous[k] for table, k in zip(tables, known, strict=True)
-                if table.previous is not None]
+    previous = [
+        table.previous[k]
+        for table, k in zip(tables, known, strict=True)
+        if table.previous is not None
+    ]
     return Merchants(
         x=np.concatenate([encode(t, contract)[k] for t, k in zip(tables, known, strict=True)]),
         y=np.concatenate([t.labels[k] for t, k in zip(tables, known, strict=True)]),
@@ -161,7 +163,7 @@ def _alone(contract: Contract, merchants: Merchants, *, private: bool) -> Float[
             private=private,
         )
         result[test] = network.probabilities(theta, merchants.x[test])
-    return result[merchants.test]
+    return np.asarray(result[merchants.test])
 
 
 def _pooled(contract: Contract, merchants: Merchants, *, private: bool) -> Float[np.ndarray, "T S"]:
@@ -252,9 +254,7 @@ def _row(method: str, epsilon: float | None, found: list[Scores]) -> ComparisonR
 
 
 def _spread(values: list[float]) -> Spread:
-    return Spread(
-        float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    )
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
 
 
 def _notes() -> tuple[str, ...]:

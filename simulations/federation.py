@@ -54,9 +54,7 @@ def public_delta(customers: int) -> float:
     return float(min(0.01, max(customers, 2) ** -1.1))
 
 
-def assemble(
-    dataset: Dataset, contract: Contract, ledgers: Path, seed: int | None
-) -> Federation:
+def assemble(dataset: Dataset, contract: Contract, ledgers: Path, seed: int | None) -> Federation:
     """Make a federation of a data set; every merchant's cap is the contract's epsilon.
 
     Args:

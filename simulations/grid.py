@@ -121,9 +121,7 @@ class InProcessGrid(Grid):
             reply = self._client_app(message, self.contexts[node])
         except Exception as error:  # noqa: BLE001  # what a SuperNode does with any exception
             reason = f"{type(error)}:<'{error}'>"
-            reply = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
-            )
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         return message_from_proto(
             MessageProto.FromString(message_to_proto(reply).SerializeToString())
         )
@@ -138,7 +136,5 @@ def run_in_process(
 ) -> None:
     """Run a ServerApp against a ClientApp to its end, in this process."""
     grid = InProcessGrid(client_app, nodes, run_config, fault)
-    context = Context(
-        grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config)
-    )
+    context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
     server_app(grid=grid, context=context)

@@ -65,13 +65,7 @@ def simulate(
         on_round(records[-1], round_report.rounds)
 
     outcome = run_rounds(federation, out, report, fault)
-    documents = publish(
-        outcome,
-        contract,
-        out / "bundle",
-        Ed25519PrivateKey.generate(),
-        seeded=federation.seed is not None,
-    )
+    documents = publish(outcome, contract, out / "bundle", Ed25519PrivateKey.generate())
     _assign_everywhere(federation, out)
     merchants, total, server, recomputed = _spending(federation, outcome)
     metrics = documents["metrics.json"]
@@ -172,7 +166,8 @@ def _spending(
     recomputed = recompute([to_document(event) for event in worst_events], delta)
     if abs(recomputed - worst) > _AGREEMENT * max(worst, 0.5):
         raise AccountingError(
-            f"two accountants disagree: epsilon {worst:.4f} and {recomputed:.4f}; nothing is claimed"
+            f"two accountants disagree: epsilon {worst:.4f} and {recomputed:.4f}; "
+            "nothing is claimed"
         )
     server = max((record.epsilon_server for record in records), default=0.0)
     return tuple(records), worst, server, recomputed
@@ -220,5 +215,3 @@ def _segment_records(segments: list[dict[str, object]]) -> tuple[SegmentRecord, 
 
 def _failure_notes(outcome: Outcome) -> tuple[str, ...]:
     return tuple(f"{who}: {what}" for who, what in sorted(outcome.failures.items()))
-
-

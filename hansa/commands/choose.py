@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from simulations.datasets import Dataset
 
 
-def chosen_dataset(  # noqa: PLR0913
+def chosen_dataset(
     name: str,
     *,
     partition: str | None,

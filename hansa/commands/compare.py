@@ -48,9 +48,7 @@ def run(choices: Choices) -> None:
         )
         contract = chosen_contract(dataset, choices.contract)
         epsilons = tuple(sorted(set(choices.epsilons)))
-        comparison = compare(
-            Question(dataset, contract, epsilons, choices.seeds), lambda step: status.update(step)
-        )
+        comparison = compare(Question(dataset, contract, epsilons, choices.seeds), status.update)
     console.print(comparison_table(comparison))
     console.print(sizes_table(comparison))
     for sentence in (*verdict(comparison), *comparison.notes):

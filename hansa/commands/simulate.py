@@ -1,9 +1,8 @@
 """`hansa simulate`: a whole federation, live on the terminal, then a report."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
