@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from common.errors import DataError
+from common.fixed_point import BLOCK_ROWS, MAX_SUMMANDS
 from common.network import Network
 from common.noise import NoiseSource
 
@@ -28,7 +30,6 @@ GradientSum = Callable[
     Float[np.ndarray, " P"],
 ]
 
-_BLOCK_ROWS = 8192  # bounds the memory of activations
 
 
 @torch.inference_mode()
@@ -50,12 +51,20 @@ def clipped_gradient_sum(
         x: Model inputs, one customer a row.
         y: Segment ids.
         clip_norm: L2 bound C, in the unit of the gradient.
+
+    Raises:
+        DataError: More customers than the proof of the sensitivity covers.
     """
+    if len(x) > MAX_SUMMANDS:
+        raise DataError(
+            f"{len(x):,} training customers are more than the {MAX_SUMMANDS:,} that the bound on "
+            "summation error covers; divide them over several merchants"
+        )
     total = np.zeros(network.size)
     sums = [torch.from_numpy(layer) for layer in network.layers(total)]
     weights = [torch.from_numpy(layer) for layer in network.layers(np.array(theta))]
-    for start in range(0, len(x), _BLOCK_ROWS):
-        stop = start + _BLOCK_ROWS
+    for start in range(0, len(x), BLOCK_ROWS):
+        stop = start + BLOCK_ROWS
         inputs, deltas = _backward(
             network, weights, torch.from_numpy(x[start:stop]), torch.from_numpy(y[start:stop])
         )

@@ -110,7 +110,7 @@ class Feature(Section):
     def _check_category(self) -> None:
         if len(set(self.categories)) != max(len(self.categories), 2):
             raise ValueError("a category feature needs at least two different `categories`")
-        if not isinstance(self.missing, str):
+        if self.missing not in {"refuse", "indicator"}:
             raise ValueError("a category is missing as 'refuse' or 'indicator', not as a number")
 
     def _check_number(self) -> None:

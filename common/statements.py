@@ -3,11 +3,16 @@
 UNIT = "one customer of one merchant: all of that customer's rows at that merchant"
 RELATION = "add or remove one customer's row"
 
-NOT_MASKED = (
+_NOT_MASKED = (
     "The sums of this run were not masked: whoever runs the coordinator sees each merchant's "
-    "single noisy message. The epsilon of the published results holds towards everybody who "
-    "sees sums only; towards the coordinator the larger 'epsilon towards the server' holds."
+    "single noisy message. "
 )
+NOT_MASKED = {  # by training mode
+    "distributed": _NOT_MASKED + "The epsilon of the published results holds towards everybody "
+    "who sees sums only; towards the coordinator the larger 'epsilon towards the server' holds.",
+    "local": _NOT_MASKED + "Each message holds noise enough by itself, so that the same epsilon "
+    "holds towards the coordinator.",
+}
 NOT_FOR_RELEASE = (
     "This run was seeded: it can be repeated, and its noise can be guessed by whoever knows the "
     "seed. Its results are not for release."

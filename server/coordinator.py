@@ -29,6 +29,7 @@ from common.plan import (
 )
 from common.wire import (
     Attest,
+    Attested,
     SumAnswer,
     SumRequest,
     pack,
@@ -44,6 +45,7 @@ MESSAGE_TYPES = {
     EVALUATION: "evaluate.confusion",
     PROFILE: "query.profile",
 }
+_LIMIT = 2**53  # of a number in an answer, in lattice steps
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Coordinator:
         self._on_round = on_round
         self._plan = plan_of(contract)
         self._members: dict[int, str] = {}  # node -> merchant
+        self._per_merchant = 0.0  # noisy training customers of a merchant, from the census
         self._outcome = Outcome(secrets.token_hex(8), initial_parameters(contract), 0.0)
 
     def run(self) -> Outcome:
@@ -115,6 +118,7 @@ class Coordinator:
         self._attest()
         census = self._sum(CENSUS, 0, outcome.parameters)
         outcome.customers = max(float(census.total[0]), 1.0)
+        self._per_merchant = outcome.customers / len(census.parts)
         optimizer = Optimizer(training, outcome.parameters)
         evaluated = set(evaluation_rounds(self._contract))
         for number in range(1, training.rounds + 1):
@@ -139,6 +143,7 @@ class Coordinator:
         content = pack(Attest(self._outcome.run, self._sha256))
         result = run_stage(self._grid, "query.attest", lambda: content, nodes, self._timeout_s)
         self._note_failures(result.errors, result.silent)
+        refusals: dict[int, Attested] = {}
         for node, record in result.contents.items():
             try:
                 answer = unpack_attested(record)
@@ -146,7 +151,7 @@ class Coordinator:
                 self._outcome.failures[f"node {node}"] = str(error)
                 continue
             if answer.refusal:
-                self._outcome.refusals[answer.merchant] = answer.refusal
+                refusals[node] = answer
             elif answer.merchant in self._members.values():
                 self._outcome.failures[f"node {node}"] = (
                     f"a second node called itself '{answer.merchant}'; it was left out"
@@ -154,6 +159,7 @@ class Coordinator:
             else:
                 self._members[node] = answer.merchant
                 self._outcome.repeatable |= answer.repeatable
+        self._note_refusals(refusals)
         needed = self._contract.min_survivors
         if len(self._members) < needed:
             raise RunError(
@@ -162,15 +168,34 @@ class Coordinator:
             )
         self._outcome.merchants = sorted(self._members.values())
 
+    def _note_refusals(self, refusals: dict[int, Attested]) -> None:
+        """Keep the reasons; a refusal in the name of one that takes part is its node's own."""
+        for node, answer in refusals.items():
+            if answer.merchant in self._members.values():
+                self._outcome.failures[f"node {node}"] = (
+                    f"refused in the name of '{answer.merchant}', which takes part"
+                )
+            else:
+                self._outcome.refusals[answer.merchant] = answer.refusal
+
     def _sum(self, stage: str, number: int, parameters: Float[np.ndarray, " P"]) -> NoisySum:
         """Ask for one sum; a sum of too few parts is thrown away and asked for anew."""
         release = self._plan.release_of(stage, number, self._contract.training.rounds)
         if release is None:
             raise RunError(f"the contract knows no stage '{stage}'")
-        per_merchant = self._outcome.customers / max(len(self._members), 1)
+        answers: dict[str, Int[np.ndarray, " P"]] = {}
         for attempt in range(self._contract.training.spare_rounds + 1):
+            if len(self._members) < self._contract.min_survivors:
+                break  # nobody pays for an attempt that cannot succeed
+            self._check_affordable(stage, number, release.event)
             request = SumRequest(
-                self._outcome.run, self._sha256, stage, number, attempt, per_merchant, parameters
+                self._outcome.run,
+                self._sha256,
+                stage,
+                number,
+                attempt,
+                self._per_merchant,
+                parameters,
             )
             answers = self._answers(request, release.length)
             self._outcome.events.append((stage, release.event))
@@ -180,6 +205,16 @@ class Coordinator:
             f"{stage} of round {number}: only {len(answers)} merchants answered, the contract "
             f"needs {self._contract.min_survivors} (aggregation.min_survivors){self._reasons()}"
         )
+
+    def _check_affordable(self, stage: str, number: int, event: Event) -> None:
+        """Refuse to ask for more than the contract promises, whatever merchants would pay."""
+        promised, delta = self._contract.privacy.epsilon, self._contract.privacy.delta
+        after = epsilon([*(event for _, event in self._outcome.events), event], delta)
+        if after > promised * (1 + 1e-9):
+            raise RunError(
+                f"{stage} of round {number}: after failed attempts the run would reach epsilon "
+                f"{after:.4g}, the contract promises {promised:.4g}{self._reasons()}"
+            )
 
     def _answers(self, request: SumRequest, length: int) -> dict[str, Int[np.ndarray, " P"]]:
         """Return the usable vectors by merchant; note why others are missing."""
@@ -216,7 +251,8 @@ class Coordinator:
             return
         if answer.vector.shape != (length,):
             raise WireError(f"field 'vector': expected {length} numbers")
-        if not np.all(np.abs(answer.vector) < 2**53):
+        # not by np.abs: that of the smallest int64 is itself
+        if not np.all((answer.vector > -_LIMIT) & (answer.vector < _LIMIT)):
             raise WireError("field 'vector': a number is out of range")
 
     def _decoded(

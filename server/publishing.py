@@ -169,7 +169,9 @@ def privacy_document(outcome: Outcome, contract: Contract) -> dict[str, Any]:
     delta = contract.privacy.delta
     total = epsilon([event for _, event in outcome.events], delta)
     server = epsilon([event for _, event in towards_server(outcome, contract)], delta)
-    notes = [statements.NOT_MASKED] + ([statements.NOT_FOR_RELEASE] if outcome.repeatable else [])
+    notes = [statements.NOT_MASKED[contract.training.mode]] + (
+        [statements.NOT_FOR_RELEASE] if outcome.repeatable else []
+    )
     return {
         "format": "hansa/privacy/1",
         "run": outcome.run,

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import statements
 from common.contract import Contract, Feature
+from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
 from simulations import pictures, wording
 from simulations.pictures import write_comparison_picture, write_whole
 from simulations.result import Comparison, RoundRecord, SegmentRecord, SimulationResult
@@ -27,16 +29,11 @@ HIGHLIGHTS = 3
 MAX_ROUNDS = 500
 WORD_DISTANCE = 0.25  # how far apart two different words count, where a number's range is 1
 PURPOSES = {
-    "census": "Counting the training customers",
-    "training": "Training the model",
-    "evaluation": "Measuring on held-out customers",
-    "profiles": "Segment shares and profiles",
+    CENSUS: "Counting the training customers",
+    UPDATE: "Training the model",
+    EVALUATION: "Measuring on held-out customers",
+    PROFILE: "Segment shares and profiles",
 }
-SEVERAL_MERCHANTS = (  # k, one shared secure sum, independent noise; record epsilon 1 at each
-    ("2.5", "2.9", "1.7"),
-    ("5", "6.6", "2.5"),
-    ("12", "20.4", "4.2"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,8 @@ def write_report(result: SimulationResult, path: Path) -> None:
                 for segment in result.segments
             ],
             features=_profiled(result),
-            several_merchants=SEVERAL_MERCHANTS,
+            several_merchants=statements.PERSON_TABLE,
+            not_protected=statements.NOT_PROTECTED,
             settings=_settings(result.contract),
         )
     )

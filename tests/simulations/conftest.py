@@ -78,7 +78,7 @@ def small_result(shop_contract: Contract) -> SimulationResult:
         epsilon_server=1.413,
         epsilon_recomputed=0.9818,
         delta=1e-5,
-        spent={"census": 0.11, "training": 0.9, "evaluation": 0.21, "profiles": 0.17},
+        spent={"census": 0.11, "update": 0.9, "evaluation": 0.21, "profile": 0.17},
         secure=False,
         bundle=Path("out/bundle"),
         seconds=8.26,

@@ -1,0 +1,76 @@
+"""The same apps under Flower's own simulation, started as a person starts it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (BIN / "ray").exists(), reason="the extra `ray` is not installed"),
+]
+
+
+@pytest.fixture
+def flower_home(tmp_path: Path) -> Iterator[Path]:
+    """Give Flower a home of its own; end the SuperLink that `flwr run` leaves running."""
+    home = tmp_path / "flower"
+    yield home
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"flower-superlink" in command and str(home).encode() in command:
+            os.kill(int(process.name), signal.SIGTERM)
+
+
+def run(*command: str, home: Path) -> str:
+    """Run a command of the virtual environment and return what it printed."""
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_flwr_run_gives_the_model_that_simulate_gives(tmp_path: Path, flower_home: Path) -> None:
+    """Ray processes and the in-process grid end in byte-identical models for one seed."""
+    ours, flowers = tmp_path / "ours", tmp_path / "flowers"
+    run(
+        "hansa", "data", "generate", str(ours), "--preset", "smoke", "--merchants", "5",
+        "--seed", "7", home=flower_home,
+    )  # fmt: skip
+    shutil.copytree(ours, flowers)
+    run("hansa", "simulate", "--data", str(ours), "--out", str(tmp_path / "out"), home=flower_home)
+    printed = run(
+        "flwr", "run", ".", "--run-config", f'federation="{flowers}"', "--federation-config",
+        "num-supernodes=5 client-resources-num-cpus=1", "--stream", home=flower_home,
+    )  # fmt: skip
+    theirs = flowers / "bundle" / "model.safetensors"
+    assert theirs.is_file(), printed
+    assert theirs.read_bytes() == (tmp_path / "out" / "bundle" / "model.safetensors").read_bytes()
+    assert "not for release" in (flowers / "bundle" / "privacy.json").read_text()
