@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.worker import Worker
-from common.errors import HansaError, PolicyError, RunError
+from common.errors import PolicyError, RunError, WireError
 from common.wire import pack, unpack_attest, unpack_sum_request
 
 logger = logging.getLogger("hansa.merchant")
@@ -50,8 +50,8 @@ def _nothing_told() -> Iterator[None]:
     """Keep the text of unexpected errors here: an exception's text reaches the coordinator."""
     try:
         yield
-    except HansaError:
-        raise  # written so that it holds no value of a row
+    except WireError:
+        raise  # speaks of the message alone; other errors name files, rows and columns
     except Exception as error:
         logger.exception("this merchant could not answer")
         raise RunError(

@@ -4,6 +4,7 @@ Assignments are customer data: they are written beside the merchant's table and 
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,20 @@ def write_assignments(assignments: pd.DataFrame, folder: Path) -> None:
     Raises:
         DataError: The folder cannot be written; no half-written file is left.
     """
+    names = ("assignments.parquet", "assignments.csv")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("assignments.parquet", "assignments.csv"):
+        for name in names:
             partial = folder / f".{name}.partial"
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=0o600, exist_ok=False)  # nobody else can read it while it grows
             if name.endswith(".csv"):
                 assignments.to_csv(partial, index=False)
             else:
                 assignments.to_parquet(partial, index=False)
-            partial.chmod(0o600)
             os.replace(partial, folder / name)
     except OSError as error:
+        for name in names:
+            with suppress(OSError):
+                (folder / f".{name}.partial").unlink()
         raise DataError(f"{folder}: assignments cannot be written ({error})") from None

@@ -34,6 +34,7 @@ def open_worker(path: Path) -> Opened:
     Raises:
         HansaError: A file cannot be used; nothing is sent.
     """
+    path = path.absolute()  # a relative path has no folders to go up to
     merchant = read_merchant(path)
     own = path.parent / "contract.toml"
     contract = read_contract(own if own.is_file() else path.parent.parent.parent / "contract.toml")

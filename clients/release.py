@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from common.errors import AccountingError
 from common.fixed_point import (
+    MAX_NOISE_STEPS,
     MIN_NOISE_STEPS,
     STEPS_PER_UNIT,
     lattice_sensitivity,
@@ -45,7 +46,7 @@ def noisy_sum(
     least `noise_multiplier` (see `common.fixed_point` for the rounding).
 
     Raises:
-        AccountingError: The noise would be too fine for the lattice argument.
+        AccountingError: The noise would be too fine or too coarse for the lattice argument.
     """
     stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size)
     share_steps = stddev / math.sqrt(contributors) / lattice_step(sensitivity)
@@ -54,5 +55,12 @@ def noisy_sum(
             f"a noise share of {share_steps:.3g} lattice steps is too fine: at least "
             f"{MIN_NOISE_STEPS:.0f} of {STEPS_PER_UNIT} steps a sensitivity are needed"
         )
-    shares = np.rint(noise.normal(exact.size) * share_steps).astype(np.int64)
-    return to_lattice(exact, lattice_step(sensitivity)) + shares
+    if not share_steps <= MAX_NOISE_STEPS:
+        raise AccountingError(
+            f"a noise share of {share_steps:.3g} lattice steps is too coarse: at most "
+            f"{MAX_NOISE_STEPS:.3g} steps can be sent"
+        )
+    shares = to_lattice(noise.normal(exact.size) * share_steps, 1.0)
+    rounded = to_lattice(exact, lattice_step(sensitivity))
+    rounded += shares
+    return rounded

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from common.errors import DataError
 from common.fixed_point import BLOCK_ROWS, MAX_SUMMANDS
-from common.network import Network
+from common.network import Network, row_by_row
 from common.noise import NoiseSource
 
 # (network, theta, inputs, labels, clip_norm) -> sum of clipped gradients
@@ -29,7 +29,6 @@ GradientSum = Callable[
     ],
     Float[np.ndarray, " P"],
 ]
-
 
 
 @torch.inference_mode()
@@ -87,8 +86,11 @@ def _backward(
     relu = network.activation == "relu"
     inputs = [x]
     for layer in weights[:-1]:
-        z = torch.addmm(layer[:, -1], inputs[-1], layer[:, :-1].T)
-        inputs.append(z.clamp_(min=0.0) if relu else z.tanh_())
+        if relu:  # jumps at zero: the sign must not depend on who else is in the block
+            z = torch.from_numpy(row_by_row(inputs[-1].numpy(), layer.numpy()))
+            inputs.append(z.clamp_(min=0.0))
+        else:
+            inputs.append(torch.addmm(layer[:, -1], inputs[-1], layer[:, :-1].T).tanh_())
     delta = torch.addmm(weights[-1][:, -1], inputs[-1], weights[-1][:, :-1].T).softmax(1)
     delta[torch.arange(len(y)), y] -= 1.0
     deltas = [delta]

@@ -23,7 +23,9 @@ def clipped_gradient_sum_opacus(
     total = torch.zeros(network.size, dtype=torch.float64)
     for start in range(0, len(x), _BLOCK_ROWS):
         module.zero_grad(set_to_none=True)
-        logits = module(torch.from_numpy(x[start : start + _BLOCK_ROWS]))
+        # Opacus' backward hooks warn where no input requires a gradient
+        inputs = torch.from_numpy(x[start : start + _BLOCK_ROWS]).requires_grad_()
+        logits = module(inputs)
         labels = torch.from_numpy(y[start : start + _BLOCK_ROWS])
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         torch.autograd.backward(loss)

@@ -20,7 +20,7 @@ from common.errors import AccountingError
 from common.events import Event, GaussianSum, PoissonGaussianSum, check, merged
 
 _DISAGREEMENT = 0.02  # relative, plus the error bound that Opacus' PRV adds by design
-_PRV_ERROR = 0.01
+PRV_ERROR = 0.01
 
 
 def epsilon(events: Iterable[Event], delta: float) -> float:
@@ -46,7 +46,9 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
 
 def gaussian_mu(events: Iterable[Event]) -> float:
     """Return mu of the composition of sums over all customers: mu^2 = sum(count / sigma^2)."""
-    return math.sqrt(sum(event.count / event.noise_multiplier**2 for event in events))
+    return math.sqrt(
+        math.fsum(event.count / event.noise_multiplier / event.noise_multiplier for event in events)
+    )
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -143,7 +145,7 @@ def _sampled_epsilon(events: tuple[Event, ...], delta: float) -> float:
     for name, value in (("Opacus PRV", prv), ("dp-accounting PLD", pld)):
         if not 0 <= value < float("inf"):
             raise AccountingError(f"{name} returned epsilon {value}; no epsilon is claimed")
-    if abs(prv - pld) > _PRV_ERROR + _DISAGREEMENT * max(prv, pld):
+    if abs(prv - pld) > PRV_ERROR + _DISAGREEMENT * max(prv, pld):
         raise AccountingError(
             f"the accountants disagree: Opacus PRV says {prv:.4f}, dp-accounting PLD says "
             f"{pld:.4f}; no epsilon is claimed"
@@ -169,7 +171,7 @@ def _prv_epsilon(events: tuple[Event, ...], delta: float) -> float:
         warnings.simplefilter("ignore")  # opacus warns of its own numpy usage
         try:
             return float(
-                accountant.get_epsilon(delta, eps_error=_PRV_ERROR, delta_error=delta / 1000)
+                accountant.get_epsilon(delta, eps_error=PRV_ERROR, delta_error=delta / 1000)
             )
         except (ValueError, RuntimeError, OverflowError, FloatingPointError) as error:
             raise AccountingError(f"Opacus PRV failed ({error}); no epsilon is claimed") from None

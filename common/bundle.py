@@ -62,18 +62,36 @@ def write_bundle(folder: Path, files: Mapping[str, bytes], key: Ed25519PrivateKe
         "public_key": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
     }
     signature = base64.b64encode(key.sign(canonical_json(body))).decode()
-    manifest = json.dumps({**body, "signature": signature}, indent=2, sort_keys=True)
+    manifest = _manifest_bytes({**body, "signature": signature})
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, data in {**files, MANIFEST: manifest.encode()}.items():
+        for name, data in {**files, MANIFEST: manifest}.items():
             (partial / name).write_bytes(data)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        _swap(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise BundleError(f"{folder}: the bundle cannot be written ({error})") from None
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=2, sort_keys=True).encode()
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Put a finished folder in its place; the older one stays until the new one is there."""
+    older = folder.with_name(folder.name + ".older")
+    shutil.rmtree(older, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, older)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if older.exists():
+            os.replace(older, folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -82,6 +100,7 @@ def read_bundle(folder: Path) -> Bundle:
     Raises:
         BundleError: A file is missing, was changed or was added; the message names it.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     files = _checked_files(folder)
@@ -90,12 +109,20 @@ def read_bundle(folder: Path) -> Bundle:
             raise BundleError(f"{folder / name}: is missing from the bundle")
     contract = read_contract(folder / "contract.toml")
     network = network_of(contract)
-    tensors = load(files["model.safetensors"])
+    try:
+        tensors = load(files["model.safetensors"])
+    except SafetensorError as error:
+        raise BundleError(f"{folder / 'model.safetensors'}: cannot be read ({error})") from None
     theta = tensors.get("parameters")
-    if theta is None or theta.shape != (network.size,) or theta.dtype != np.float32:
+    if (
+        theta is None
+        or theta.shape != (network.size,)
+        or theta.dtype != np.float32
+        or not np.isfinite(theta).all()
+    ):
         raise BundleError(
-            f"{folder / 'model.safetensors'}: expected 'parameters' with {network.size} float32 "
-            "numbers, as the contract's model has"
+            f"{folder / 'model.safetensors'}: expected 'parameters' with {network.size} finite "
+            "float32 numbers, as the contract's model has"
         )
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
     return Bundle(folder, contract, network, theta.astype(np.float64), digest)
@@ -104,11 +131,7 @@ def read_bundle(folder: Path) -> Bundle:
 def _checked_files(folder: Path) -> dict[str, bytes]:
     """Return the bundle's files after checking hashes and signature."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        listed: dict[str, str] = manifest["files"]
-        signature = base64.b64decode(manifest.pop("signature"))
-        public_key = Ed25519PublicKey.from_public_bytes(base64.b64decode(manifest["public_key"]))
-        public_key.verify(signature, canonical_json(manifest))
+        listed = _listed((folder / MANIFEST).read_bytes())
         files = {name: (folder / name).read_bytes() for name in listed}
     except FileNotFoundError as error:
         raise BundleError(f"{error.filename}: is missing; is {folder} a bundle?") from None
@@ -125,3 +148,20 @@ def _checked_files(folder: Path) -> dict[str, bytes]:
     if extra:
         raise BundleError(f"{folder / extra[0]}: is not in the manifest")
     return files
+
+
+def _listed(raw: bytes) -> dict[str, str]:
+    """Return file names and hashes of a manifest whose signature fits, to the last byte."""
+    manifest = json.loads(raw)
+    whole = _manifest_bytes(manifest)
+    signature = base64.b64decode(manifest.pop("signature"))
+    public_key = Ed25519PublicKey.from_public_bytes(base64.b64decode(manifest["public_key"]))
+    public_key.verify(signature, canonical_json(manifest))
+    # spaces, and the unused bits of the signature's last letter, are not covered by it
+    signed = {**manifest, "signature": base64.b64encode(signature).decode()}
+    if not raw == whole == _manifest_bytes(signed):
+        raise InvalidSignature
+    names: dict[str, str] = dict(manifest["files"])
+    if any(Path(name).name != name for name in names):
+        raise InvalidSignature
+    return names

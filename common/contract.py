@@ -202,7 +202,9 @@ class Model(Section):
         "mlp", description="`mlp` (multi-layer perceptron) or `linear` (softmax regression)."
     )
     hidden: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
-        (32,), description="Sizes of the hidden layers (mlp)."
+        (32,),
+        max_length=8,  # so that no parameters that a worker accepts overflow 64-bit numbers
+        description="Sizes of the hidden layers (mlp).",
     )
     activation: Literal["relu", "tanh"] = Field("relu", description="Activation of hidden layers.")
 

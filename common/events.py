@@ -42,6 +42,8 @@ class PoissonGaussianSum:
 
 Event = GaussianSum | PoissonGaussianSum
 
+_MOST = 2**53  # every whole number below it is a float
+
 _KINDS: dict[str, type[GaussianSum] | type[PoissonGaussianSum]] = {
     "gaussian-sum": GaussianSum,
     "poisson-gaussian-sum": PoissonGaussianSum,
@@ -64,9 +66,9 @@ def from_document(document: dict[str, Any]) -> Event:
     Raises:
         AccountingError: The kind is not known, or the fields are not those of the kind.
     """
-    fields = dict(document)
+    fields = dict(document) if isinstance(document, dict) else {}
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise AccountingError(f"unknown privacy event {kind!r}; a newer version may know it")
     try:
         return check(_KINDS[kind](**fields))
@@ -86,8 +88,8 @@ def check(event: Event) -> Event:
     ):
         if not 0 < value < float("inf"):
             raise AccountingError(f"expected a finite {name} > 0, got {value}")
-    if not (isinstance(event.count, int) and event.count >= 0):
-        raise AccountingError(f"expected a whole count >= 0, got {event.count}")
+    if not (isinstance(event.count, int) and 0 <= event.count < _MOST):
+        raise AccountingError(f"expected a whole count >= 0, got {str(event.count)[:40]}")
     if isinstance(event, PoissonGaussianSum) and not 0 < event.sampling_rate <= 1:
         raise AccountingError(f"expected 0 < sampling_rate <= 1, got {event.sampling_rate}")
     return event

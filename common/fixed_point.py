@@ -25,6 +25,7 @@ MIN_NOISE_STEPS = 1000.0  # below this the argument above is not made
 SLACK_STEPS = 16.0  # rounding and float64 summation error of one number, in steps
 BLOCK_ROWS = 8192  # rows that are summed at once
 MAX_SUMMANDS = 7_000_000  # customers of one merchant that the slack covers
+MAX_NOISE_STEPS = 2.0**48  # ten standard deviations of it still fit
 _LIMIT = 2**52  # integers that float64 holds exactly, with room to spare in int64 sums
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.accounting import epsilon
-from common.errors import BudgetRefusal, LedgerError
+from common.errors import AccountingError, BudgetRefusal, LedgerError
 from common.events import Event, from_document, merged, to_document
 
 _SCHEMA = """
@@ -37,6 +37,14 @@ CREATE UNIQUE INDEX IF NOT EXISTS once ON entry (run, stage, round, attempt)
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entry
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entry
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS no_replace BEFORE INSERT ON entry
+    WHEN EXISTS (
+        SELECT 1 FROM entry WHERE seq = NEW.seq OR (
+            kind = 'charge' AND NEW.kind = 'charge' AND run = NEW.run AND stage = NEW.stage
+            AND round = NEW.round AND attempt = NEW.attempt
+        )
+    )
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 
@@ -146,8 +154,8 @@ class Ledger:
                 row[0],
                 row[1],
                 Occasion(*row[2:7]),
-                from_document(json.loads(row[7])),
-                from_document(json.loads(row[8])),
+                self._event(row[7]),
+                self._event(row[8]),
                 row[9],
             )
             for row in rows
@@ -166,10 +174,18 @@ class Ledger:
             (self._seen,),
         ).fetchall()
         if rows:
-            new = [from_document(json.loads(event)) for _, event in rows]
+            new = [self._event(event) for _, event in rows]
             self._charged = list(merged([*self._charged, *new]))
             self._seen = rows[-1][0]
         return self._charged
+
+    def _event(self, text: str) -> Event:
+        try:
+            return from_document(json.loads(text))
+        except (ValueError, AccountingError) as error:
+            raise LedgerError(
+                f"{self.path}: holds an entry that cannot be read ({error})"
+            ) from None
 
     @staticmethod
     def _append(

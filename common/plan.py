@@ -97,9 +97,10 @@ def plan_of(contract: Contract) -> Plan:
     profile = gaussian(PROFILE, split.profiles, 1, 1.0, profile_length(contract))
     profile_or_none = profile if contract.publication.profiles else None
     steps = (training.rounds + training.spare_rounds) * training.local_steps
+    unused = 0.0 if contract.publication.profiles else split.profiles
     event: Event
     if training.sampling_rate == 1.0:
-        sigma = math.sqrt(steps / (split.training * total))
+        sigma = math.sqrt(steps / ((split.training + unused) * total))
         event = GaussianSum(sigma, privacy.clip_norm, training.local_steps)
     else:
         others = tuple(

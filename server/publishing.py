@@ -122,8 +122,11 @@ def segments_document(profile: NoisySum | None, contract: Contract) -> dict[str,
         for segment, row in zip(published, rows, strict=True):
             count = float(row[0]) / np.sqrt(0.5)
             known = count >= _TOO_FEW * error
-            segment["share"] = min(max(count / total, 0.0), 1.0) if known else None
-            segment["share_error"] = error / total if known else None
+            share = min(max(count / total, 0.0), 1.0)
+            segment["share"] = share if known else None
+            # noise of the count, and of the total that it is divided by
+            spread = np.sqrt((1.0 - share) ** 2 + (len(names) - 1) * share**2)
+            segment["share_error"] = float(error / total * spread) if known else None
             segment["profile"] = _profile(row[1:], count, profile.stddev, contract) if known else {}
     return {
         "format": "hansa/segments/1",

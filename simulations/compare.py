@@ -183,13 +183,21 @@ def _federated(
     dataset: Dataset, contract: Contract, mode: str, merchants: Merchants
 ) -> Float[np.ndarray, "T S"]:
     """Run the real federation, messages and ledgers included."""
-    contract = contract.revised(training={"mode": mode})
+    contract = in_mode(contract, mode)
     with tempfile.TemporaryDirectory(prefix="hansa-compare-") as folder:
         federation = assemble(dataset, contract, Path(folder) / "merchants", None)
         outcome = run_rounds(federation, Path(folder), lambda _report: None)
         for member in federation.members:
             member.worker.ledger.close()
     return network_of(contract).probabilities(outcome.parameters, merchants.x[merchants.test])
+
+
+def in_mode(contract: Contract, mode: str) -> Contract:
+    """Return the contract in another mode; keys that only mode 'local' knows are reset."""
+    if mode == "local":
+        return contract.revised(training={"mode": mode})
+    full_batch = {"sampling_rate": 1.0, "local_steps": 1, "proximal": 0.0}
+    return contract.revised(training={"mode": mode, **full_batch})
 
 
 def train_centrally(
@@ -202,10 +210,12 @@ def train_centrally(
 ) -> Float[np.ndarray, " P"]:
     """Train on customers in one place with the contract's network.
 
-    Private training takes the contract's steps with the noise of its plan, for one merchant on
-    its own; it divides by the number of customers with noise, like a run. Training without
+    Private training takes the contract's rounds as full-batch steps with the noise of its plan,
+    all of it in one place; it divides by the number of customers with noise, like a run. Training without
     privacy follows `plain`: no clipping, no noise.
     """
+    if private:
+        contract = in_mode(contract, "distributed")
     network, noise = network_of(contract), NoiseSource.fresh()
     optimizer = Optimizer(contract.training if private else plain, initial_parameters(contract))
     plan, clip_norm = plan_of(contract), contract.privacy.clip_norm if private else _NO_CLIPPING
@@ -237,7 +247,7 @@ def _size_groups(merchants: Merchants) -> tuple[Int[np.ndarray, " K"], tuple[str
     names = []
     for number, part in enumerate(np.array_split(order, count)):
         groups[part] = number
-        names.append(f"{sizes[part].min()} to {sizes[part].max()} training customers")
+        names.append(f"{sizes[part].min()} to {sizes[part].max()}")
     return groups, tuple(names)
 
 

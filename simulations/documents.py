@@ -29,6 +29,7 @@ def simulation_document(result: SimulationResult, report: Path | None = None) ->
         "epsilon": _finite(result.epsilon),
         "epsilon_server": _finite(result.epsilon_server),
         "epsilon_recomputed": _finite(result.epsilon_recomputed),
+        "epsilon_opacus": _finite(result.epsilon_opacus),
         "delta": _finite(result.delta),
         "merchants": [_merchant(merchant) for merchant in result.merchants],
         "metrics": {name: _finite(value) for name, value in result.metrics.items()},

@@ -61,6 +61,7 @@ class SimulationResult:
     epsilon: float
     epsilon_server: float
     epsilon_recomputed: float  # the independent second opinion on `epsilon`
+    epsilon_opacus: float  # Opacus' PRV upper bound for the same events; adds 0.01 by design
     delta: float
     spent: dict[str, float]  # purpose -> epsilon of that purpose alone
     secure: bool

@@ -4,6 +4,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -13,7 +14,7 @@ from audit.epsilon import recompute
 from clients.app import create_app as create_client_app
 from clients.assignment import assign, write_assignments
 from clients.worker import Worker
-from common.accounting import epsilon
+from common.accounting import PRV_ERROR, epsilon, opacus_epsilon
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
 from common.errors import AccountingError, RunError
@@ -67,7 +68,7 @@ def simulate(
     outcome = run_rounds(federation, out, report, fault)
     documents = publish(outcome, contract, out / "bundle", Ed25519PrivateKey.generate())
     _assign_everywhere(federation, out)
-    merchants, total, server, recomputed = _spending(federation, outcome)
+    merchants, spending = _spending(federation, outcome)
     metrics = documents["metrics.json"]
     return SimulationResult(
         run=outcome.run,
@@ -83,9 +84,10 @@ def simulate(
             if metrics[name] is not None
         },
         segments=_segment_records(documents["segments.json"]["segments"]),
-        epsilon=total,
-        epsilon_server=server,
-        epsilon_recomputed=recomputed,
+        epsilon=spending.epsilon,
+        epsilon_server=spending.server,
+        epsilon_recomputed=spending.recomputed,
+        epsilon_opacus=spending.opacus,
         delta=contract.privacy.delta,
         spent=epsilon_by_stage(outcome, contract.privacy.delta),
         secure=contract.aggregation.secure,
@@ -147,10 +149,38 @@ def _assign_everywhere(federation: Federation, out: Path) -> None:
         write_assignments(assign(bundle, member.table), out / "merchants" / member.merchant)
 
 
+@dataclass(frozen=True)
+class _Spending:
+    """Epsilon of the merchant that spent most, as three accountants see it."""
+
+    epsilon: float
+    server: float
+    recomputed: float
+    opacus: float
+
+    def check(self) -> None:
+        """Claim nothing that the other accountants do not confirm.
+
+        Raises:
+            AccountingError: An accountant disagrees by more than 2 %, beside the 0.01 that
+                Opacus adds by design.
+        """
+        for name, other, allowance in (
+            ("dp-accounting", self.recomputed, 0.0),
+            ("Opacus", self.opacus, PRV_ERROR),
+        ):
+            allowed = allowance + _AGREEMENT * max(self.epsilon, 0.5)
+            if not abs(other - self.epsilon) <= allowed:
+                raise AccountingError(
+                    f"accountants disagree: epsilon {self.epsilon:.4f} here, {other:.4f} by "
+                    f"{name}; nothing is claimed"
+                )
+
+
 def _spending(
     federation: Federation, outcome: Outcome
-) -> tuple[tuple[MerchantRecord, ...], float, float, float]:
-    """Return the merchants' records, and epsilon (sums, server, recomputed) of the whole run.
+) -> tuple[tuple[MerchantRecord, ...], _Spending]:
+    """Return the merchants' records and the epsilon of the whole run.
 
     Read from the merchants' own ledgers, not from what the coordinator believes.
     """
@@ -158,19 +188,18 @@ def _spending(
     records, worst_events, worst = [], tuple[Event, ...](), 0.0
     for member in federation.members:
         charged = [e for e in member.worker.ledger.entries(outcome.run) if e.kind == "charge"]
-        events = merged(entry.event for entry in charged)
         record = _merchant_record(member, outcome, charged, delta)
         records.append(record)
         if record.epsilon > worst:
-            worst, worst_events = record.epsilon, events
-    recomputed = recompute([to_document(event) for event in worst_events], delta)
-    if abs(recomputed - worst) > _AGREEMENT * max(worst, 0.5):
-        raise AccountingError(
-            f"two accountants disagree: epsilon {worst:.4f} and {recomputed:.4f}; "
-            "nothing is claimed"
-        )
-    server = max((record.epsilon_server for record in records), default=0.0)
-    return tuple(records), worst, server, recomputed
+            worst, worst_events = record.epsilon, merged(entry.event for entry in charged)
+    spending = _Spending(
+        worst,
+        max((record.epsilon_server for record in records), default=0.0),
+        recompute([to_document(event) for event in worst_events], delta),
+        opacus_epsilon(worst_events, delta),
+    )
+    spending.check()
+    return tuple(records), spending
 
 
 def _merchant_record(

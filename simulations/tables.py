@@ -33,12 +33,12 @@ def merchants_table(result: SimulationResult) -> Table:
     shown = _shown(result.merchants)
     table = Table(title="Merchants", title_justify="left", title_style="bold")
     table.add_column("Merchant", overflow="fold", max_width=32)
-    for heading in ("Customers", "Epsilon", "Towards server", "Noisy accuracy"):
+    for heading in ("Customers", "Epsilon", "Towards server", "Delta", "Noisy accuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     if any(merchant.refused is not None for merchant in shown):
         table.add_column("Refused because", overflow="fold")
     for merchant in shown:
-        table.add_row(*_merchant_cells(merchant)[: len(table.columns)])
+        table.add_row(*_merchant_cells(merchant, result.delta)[: len(table.columns)])
     hidden = len(result.merchants) - len(shown)
     caption = "Customer counts are known to this simulator only; they never travel."
     if hidden:
@@ -63,7 +63,8 @@ def summary_lines(result: SimulationResult) -> list[Text]:
         (
             "Epsilon",
             f"{epsilon_text(result.epsilon)} towards whoever sees sums "
-            f"(recomputed {epsilon_text(result.epsilon_recomputed)}), "
+            f"(recomputed {epsilon_text(result.epsilon_recomputed)} by dp-accounting, at most "
+            f"{epsilon_text(result.epsilon_opacus)} by Opacus), "
             f"{epsilon_text(result.epsilon_server)} towards the server, "
             f"delta {number(result.delta)}",
         ),
@@ -105,7 +106,9 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def sizes_table(comparison: Comparison) -> Table:
     """List every method's accuracy by merchant size."""
-    table = _methods_table("Accuracy by merchant size", [plain(size) for size in comparison.sizes])
+    table = _methods_table(
+        "Accuracy by training customers of the merchant", [plain(size) for size in comparison.sizes]
+    )
     for row in comparison.rows:
         cells = [spread_text(spread) for spread in row.by_size]
         table.add_row(Text(method_name(row)), *cells, style=_style(row))
@@ -136,13 +139,14 @@ def _shown(merchants: Sequence[MerchantRecord]) -> list[MerchantRecord]:
     return taking_part + refused[:MAX_REFUSED]
 
 
-def _merchant_cells(merchant: MerchantRecord) -> list[Text]:
+def _merchant_cells(merchant: MerchantRecord, delta: float) -> list[Text]:
     accuracy = percent(merchant.accuracy, merchant.accuracy_error)
     return [
         Text(plain(merchant.id)),
         Text(f"{merchant.customers:,}"),
         Text(epsilon_text(merchant.epsilon)),
         Text(epsilon_text(merchant.epsilon_server)),
+        Text(number(delta)),
         Text(accuracy, style="dim" if accuracy == NOTHING else ""),
         Text(plain(merchant.refused or ""), style="red"),
     ]

@@ -154,18 +154,18 @@ def _progress(
 
     columns = (
         TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
     )
-    accuracy = "noisy accuracy not measured yet"
+    accuracy = "not measured yet"
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("asking merchants", total=federation.contract.training.rounds)
 
         def show(record: "RoundRecord", _rounds: int) -> None:
             nonlocal accuracy
             accuracy = _accuracy(record) or accuracy
-            told = f"{record.cohort} merchants, epsilon {record.epsilon:.3f} of {cap:g}, {accuracy}"
+            told = f"{record.cohort} merchants, epsilon {record.epsilon:.3f}/{cap:g}, {accuracy}"
             progress.update(task, completed=record.round, description=told)
 
         yield show

@@ -77,6 +77,7 @@ def small_result(shop_contract: Contract) -> SimulationResult:
         epsilon=0.982,
         epsilon_server=1.413,
         epsilon_recomputed=0.9818,
+        epsilon_opacus=0.9918,
         delta=1e-5,
         spent={"census": 0.11, "update": 0.9, "evaluation": 0.21, "profile": 0.17},
         secure=False,

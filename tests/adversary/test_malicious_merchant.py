@@ -1,0 +1,242 @@
+"""A merchant that lies: left out with a reason, never counted, and never the end of the program."""
+
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from clients.app import create_app
+from common.contract import Contract
+from common.errors import RunError
+from common.wire import Attested, SumAnswer, pack, unpack_sum_answer, unpack_sum_request
+from server.coordinator import Coordinator, Outcome
+from simulations.datasets import Dataset, load
+from simulations.federation import Federation, assemble
+from simulations.grid import InProcessGrid
+
+NAMES = [f"merchant-{number:04d}" for number in range(4)]
+LIAR = 1  # number of the merchant that lies
+
+Content = Callable[[RecordDict], RecordDict]
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Generate four merchants."""
+    return load("synthetic", preset="smoke", merchants=4)
+
+
+@pytest.fixture
+def contract(dataset: Dataset) -> Contract:
+    """Give a contract of one round that can do without one merchant."""
+    return dataset.contract.revised(
+        federation={"round_timeout_s": 0.02},
+        model={"family": "linear"},
+        training={"rounds": 1},
+        aggregation={"min_survivors": 3},
+    )
+
+
+@pytest.fixture
+def federation(dataset: Dataset, contract: Contract, tmp_path: Path) -> Federation:
+    """Assemble the merchants."""
+    return assemble(dataset, contract, tmp_path, 1)
+
+
+def run_with(federation: Federation, lie: Content, kind: str = "train.update") -> Outcome:
+    """Run the coordinator while one merchant's answers of a kind are replaced."""
+    honest = create_app(lambda c: federation.members[int(c.node_config["partition-id"])].worker)
+
+    def client(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        lies = context.node_config["partition-id"] == LIAR and message.metadata.message_type == kind
+        return Message(lie(reply.content), reply_to=message) if lies else reply
+
+    grid = InProcessGrid(client, len(federation.members), {})  # type: ignore[arg-type]
+    return Coordinator(grid, federation.contract, lambda _report: None).run()
+
+
+def with_vector(vector: np.ndarray, **others: Any) -> Content:
+    """Answer with another vector."""
+
+    def lie(content: RecordDict) -> RecordDict:
+        answer = unpack_sum_answer(content)
+        fields = {"merchant": answer.merchant, "refusal": answer.refusal, **others}
+        return pack(SumAnswer(vector=vector, **fields))
+
+    return lie
+
+
+def with_bytes(data: bytes, dtype: str = "int64", length: int = 56) -> Content:
+    """Answer with an array whose bytes are not what its description says."""
+
+    def lie(content: RecordDict) -> RecordDict:
+        array = Array(dtype=dtype, shape=(length,), stype="numpy.ndarray", data=data)
+        return RecordDict(
+            {"hansa": content["hansa"], "hansa.arrays": ArrayRecord({"vector": array})}
+        )
+
+    return lie
+
+
+def npy(header: str) -> bytes:
+    """Write a numpy file with a header of one's own."""
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(8)
+
+
+def archive() -> bytes:
+    """Write a numpy archive, which is no array."""
+    file = io.BytesIO()
+    np.savez(file, np.zeros(1))
+    return file.getvalue()[:1000]
+
+
+def full(value: float, length: int = 56, dtype: str = "int64") -> np.ndarray:
+    """Fill a vector."""
+    return np.full(length, value, dtype=dtype)
+
+
+LIES: dict[str, Content] = {
+    "too short": with_vector(full(1, 55)),
+    "too long": with_vector(full(1, 57)),
+    "empty": with_vector(full(1, 0)),
+    "two axes": with_vector(np.zeros((7, 8), dtype=np.int64)),
+    "largest": with_vector(full(2**63 - 1)),
+    "smallest": with_vector(full(-(2**63))),
+    "just too large": with_vector(full(2**53)),
+    "just too small": with_vector(full(-(2**53))),
+    "not a number": with_vector(full(np.nan, dtype="float64")),
+    "floats": with_vector(full(1.0, dtype="float64")),
+    "another width": with_vector(full(1, dtype="int32")),
+    "complex": with_vector(full(1, dtype="complex128")),
+    "another's name": with_vector(full(1), merchant=NAMES[0]),
+    "nobody's name": with_vector(full(1), merchant=""),
+    "no record": lambda _content: RecordDict(),
+    "another record": lambda _content: RecordDict({"x": ConfigRecord({"y": 1})}),
+    "another message": lambda _content: pack(Attested(NAMES[LIAR], "", False)),
+    "another protocol": lambda content: RecordDict(
+        {"hansa": ConfigRecord({**content["hansa"], "protocol": 99})}
+    ),
+    "a name of numbers": lambda content: RecordDict(
+        {**content, "hansa": ConfigRecord({**content["hansa"], "merchant": 3})}
+    ),
+    "garbage": with_bytes(b"\x00\xff" * 100),
+    "no bytes": with_bytes(b""),
+    "a zip that is none": with_bytes(b"PK\x03\x04" + bytes(200)),
+    "an archive": with_bytes(archive(), length=56),
+    "a pickle": with_bytes(b"\x80\x04K\x01."),
+    "a header that is no header": with_bytes(npy("{'descr': (((")),
+    "a header of another shape": with_bytes(
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1,), }")
+    ),
+    "a header of a huge shape": with_bytes(
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1152921504606846975,), }")
+    ),
+    "a header of a negative shape": with_bytes(
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (-5,), }")
+    ),
+    "a header of objects": with_bytes(
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (56,), }")
+    ),
+    "a shape of nothing": with_bytes(npy("{}"), length=-1),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+def test_a_lie_is_left_out_with_a_reason(federation: Federation, lie: Content) -> None:
+    """The others' sum goes on without it."""
+    outcome = run_with(federation, lie)
+    assert outcome.cohorts == [3]
+    assert outcome.failures[NAMES[LIAR]]
+    assert np.isfinite(outcome.parameters).all()
+
+
+@pytest.mark.parametrize("kind", ["query.census", "evaluate.confusion", "query.profile"])
+def test_a_lie_in_another_stage_is_left_out_too(federation: Federation, kind: str) -> None:
+    """Every sum is checked."""
+    outcome = run_with(federation, with_vector(full(-(2**63), 99)), kind)
+    assert NAMES[LIAR] in outcome.failures
+    assert outcome.profile is not None
+    assert (NAMES[LIAR] in outcome.profile.parts) == (kind != "query.profile")
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda _content: RecordDict(),
+        lambda content: pack(SumAnswer(NAMES[LIAR], "", full(1))),
+        lambda content: RecordDict({"hansa": ConfigRecord({"type": "Attested"})}),
+    ],
+)
+def test_an_attestation_that_is_none_keeps_a_node_out(federation: Federation, lie: Content) -> None:
+    """It is noted under its node, because it has no name yet."""
+    outcome = run_with(federation, lie, "query.attest")
+    assert NAMES[LIAR] not in outcome.merchants
+    assert list(outcome.failures) == ["node 3"]
+
+
+def test_two_nodes_cannot_share_a_name(federation: Federation) -> None:
+    """The second is left out, so that nobody is counted twice."""
+    outcome = run_with(federation, lambda _c: pack(Attested(NAMES[0], "", False)), "query.attest")
+    assert outcome.merchants == [NAMES[0], NAMES[2], NAMES[3]]
+    assert "a second node called itself" in outcome.failures["node 3"]
+    assert outcome.cohorts == [3]
+
+
+def test_a_huge_but_admitted_vector_does_not_break_the_run(federation: Federation) -> None:
+    """The sum is exact, the step is bounded by Adam, and what is published is finite."""
+    outcome = run_with(federation, with_vector(full(2**53 - 1)))
+    assert outcome.cohorts == [4]
+    assert np.abs(outcome.parameters).max() < 1.0
+
+
+@pytest.mark.parametrize("value", [2**53 - 1, -(2**53) + 1])
+def test_a_false_census_does_not_break_the_run(federation: Federation, value: int) -> None:
+    """Customers are never counted as fewer than one."""
+    outcome = run_with(federation, with_vector(full(value, 1)), "query.census")
+    assert outcome.customers >= 1.0
+    assert np.isfinite(outcome.parameters).all()
+
+
+def test_a_refusal_of_many_lines_is_kept_out_of_control(federation: Federation) -> None:
+    """What a stranger writes cannot move the terminal's cursor when the run ends in an error."""
+    lie = with_vector(full(0, 0), refusal="\x1b[2J\x1b]0;pwned\x07\nhansa: all is well")
+    federation = Federation(
+        federation.data,
+        federation.contract.revised(aggregation={"min_survivors": 3}),
+        federation.members[:3],
+        federation.seed,
+        federation.notes,
+    )
+    with pytest.raises(RunError) as error:
+        run_with(federation, lie)
+    assert "pwned" in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_liar_cannot_make_others_pay_twice(federation: Federation) -> None:
+    """Its lies leave the sum with enough parts, so no attempt is repeated."""
+    run_with(federation, LIES["garbage"])
+    stages = [e.occasion.stage for e in federation.members[0].worker.ledger.entries()]
+    assert stages == ["census", "update", "evaluation", "profile"]
+
+
+def test_replayed_answers_are_those_of_another_stage(federation: Federation) -> None:
+    """An answer of the census sent as an update has the wrong size."""
+    kept: list[RecordDict] = []
+
+    def remember(content: RecordDict) -> RecordDict:
+        kept.append(content)
+        return content
+
+    run_with(federation, remember, "query.census")
+    assert unpack_sum_answer(kept[0]).vector.shape == (1,)
+    with pytest.raises(Exception, match="SumRequest"):
+        unpack_sum_request(kept[0])

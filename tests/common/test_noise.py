@@ -1,0 +1,119 @@
+"""Tests of the streams: known answers, seeds, freshness."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+import common.noise
+from common.noise import NoiseSource
+
+
+def keystream(key: bytes, count: int) -> bytes:
+    """Return AES-256-CTR keystream, straight from `cryptography`."""
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(count))
+
+
+def test_examples_hold() -> None:
+    """The docstrings' examples are true."""
+    assert doctest.testmod(common.noise).failed == 0
+
+
+class TestKnownAnswers:
+    """The stream is AES-256-CTR, and the transformations are the stated ones."""
+
+    def test_nist_vector(self) -> None:
+        """With the all-zero key the first block is the one NIST publishes for AES-256."""
+        assert keystream(bytes(32), 16).hex() == "dc95c078a2408989ad48a21492842087"
+
+    def test_normal(self) -> None:
+        """Numbers are Box-Muller of the keystream's words."""
+        key = bytes(range(32))
+        words = np.frombuffer(keystream(key, 64), dtype="<u8").tolist()
+        expected = []
+        for turn in (math.cos, math.sin):
+            for one, other in zip(words[:4], words[4:], strict=True):
+                radius = math.sqrt(-2 * math.log((one + 1) / 2**64))
+                expected.append(radius * turn(2 * math.pi * (other >> 11) / 2**53))
+        np.testing.assert_allclose(NoiseSource(key).normal(8), expected, rtol=1e-9, atol=1e-12)
+
+    def test_chosen(self) -> None:
+        """A customer is chosen when the top 53 bits of its word lie below the rate."""
+        key = bytes(range(32))
+        words = np.frombuffer(keystream(key, 160), dtype="<u8").tolist()
+        expected = [(word >> 11) / 2**53 < 0.3 for word in words]
+        assert NoiseSource(key).chosen(20, 0.3).tolist() == expected
+
+    def test_stream_goes_on(self) -> None:
+        """A second draw continues the stream; nothing is drawn twice."""
+        source = NoiseSource(bytes(32))
+        first, second = source.normal(4), source.normal(4)
+        assert not set(first) & set(second)
+
+    def test_extreme_words(self) -> None:
+        """The smallest and the largest word give finite numbers of at most 9.42."""
+        class Extreme(NoiseSource):
+            def _words(self, count: int) -> np.ndarray:  # the cipher will not give these
+                values = [0, 2**64 - 1] * count
+                return np.array(values[:count], dtype=np.uint64)
+
+        numbers = Extreme(bytes(32)).normal(8)
+        assert np.all(np.isfinite(numbers))
+        assert 9.41 < np.abs(numbers).max() < 9.43
+
+
+class TestSeeded:
+    """Repeatable streams."""
+
+    def test_same_labels_same_stream(self) -> None:
+        """Equal seeds and labels give equal numbers."""
+        one, other = (NoiseSource.seeded(1, "shop", "update", 3, 0) for _ in range(2))
+        assert one.normal(9).tolist() == other.normal(9).tolist()
+
+    @pytest.mark.parametrize(
+        "labels",
+        [("shop", "update", 3, 1), ("shop", "update", 4, 0), ("shopu", "pdate", 3, 0), ("shop",)],
+    )
+    def test_other_labels_other_stream(self, labels: tuple[str | int, ...]) -> None:
+        """Any other label gives other numbers."""
+        one = NoiseSource.seeded(1, "shop", "update", 3, 0).normal(9)
+        assert not set(one) & set(NoiseSource.seeded(1, *labels).normal(9))
+
+    def test_other_seed_other_stream(self) -> None:
+        """Another seed gives other numbers."""
+        one, other = NoiseSource.seeded(1, "a").normal(9), NoiseSource.seeded(2, "a").normal(9)
+        assert not set(one) & set(other)
+
+
+class TestFresh:
+    """Streams keyed by the operating system."""
+
+    def test_differ(self) -> None:
+        """No two fresh streams share a number."""
+        assert not set(NoiseSource.fresh().normal(9)) & set(NoiseSource.fresh().normal(9))
+
+    def test_other_generators_have_no_part(self) -> None:
+        """Seeding numpy and torch changes nothing."""
+        import torch
+
+        draws = []
+        for _ in range(2):
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+            draws.append(NoiseSource.fresh().normal(4))
+        assert not set(draws[0]) & set(draws[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_counts(count: int) -> None:
+    """As many numbers as asked for, odd or none."""
+    source = NoiseSource.fresh()
+    assert source.normal(count).shape == source.chosen(count, 0.5).shape == (count,)
+
+
+@pytest.mark.parametrize(("rate", "all_or_none"), [(1.0, True), (0.0, False)])
+def test_certain_choice(rate: float, all_or_none: bool) -> None:
+    """Rate 1 takes everybody and rate 0 nobody."""
+    assert set(NoiseSource.fresh().chosen(1000, rate).tolist()) == {all_or_none}

@@ -1,0 +1,98 @@
+"""The ServerApp: where it finds the contract, what it prints, where the bundle lands."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from clients.app import create_app as create_client_app
+from common.bundle import read_bundle
+from common.contract import Contract, contract_toml
+from common.errors import ContractError, RunError
+from server.app import _paths, create_app
+from simulations.federation import Federation
+from simulations.grid import run_in_process
+
+Federate = Callable[..., Federation]
+
+
+def context(**config: Any) -> Context:
+    """Give the context of a server with this run configuration."""
+    return Context(1, 0, {}, RecordDict(), config)
+
+
+def run_app(federation: Federation, config: dict[str, Any]) -> None:
+    """Run the app as Flower would."""
+    client_app = create_client_app(
+        lambda context: federation.members[int(context.node_config["partition-id"])].worker
+    )
+    run_in_process(create_app(), client_app, len(federation.members), config)
+
+
+class TestPaths:
+    """Contract and bundle, from the run configuration."""
+
+    def test_a_federation_has_its_contract_and_bundle_inside(self) -> None:
+        """Both beside each other."""
+        found = _paths(context(federation="/f", contract="", out=""))
+        assert found == (Path("/f/contract.toml"), Path("/f/bundle"))
+
+    def test_what_is_stated_wins(self) -> None:
+        """A contract and a folder of one's own."""
+        found = _paths(context(federation="/f", contract="/c/x.toml", out="/o"))
+        assert found == (Path("/c/x.toml"), Path("/o"))
+
+    def test_naming_nothing_is_an_error_with_an_example(self) -> None:
+        """The message shows what to type."""
+        with pytest.raises(RunError, match="--run-config"):
+            _paths(context(federation="", out=""))
+
+
+def test_a_run_prints_a_json_line_a_round_and_publishes(
+    federate: Federate, contract: Contract, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Round, rounds, cohort and epsilon; then the bundle is there, and checks out."""
+    (tmp_path / "contract.toml").write_text(contract_toml(contract))
+    run_app(federate(contract, seed=None), {"contract": str(tmp_path / "contract.toml")})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["round"], line["rounds"], line["cohort"]) for line in lines] == [
+        (1, 2, 5),
+        (2, 2, 5),
+    ]
+    assert lines[0]["epsilon"] < lines[1]["epsilon"] < contract.privacy.epsilon
+    assert read_bundle(tmp_path / "bundle").contract == contract
+
+
+def test_a_seeded_merchant_marks_a_deployed_bundle(
+    federate: Federate, contract: Contract, tmp_path: Path
+) -> None:
+    """The server learns it from the merchants, not from its own configuration."""
+    (tmp_path / "contract.toml").write_text(contract_toml(contract))
+    run_app(federate(contract, seed=3), {"contract": str(tmp_path / "contract.toml")})
+    assert "not for release" in (tmp_path / "bundle" / "privacy.json").read_text()
+
+
+def test_a_missing_contract_ends_the_run(
+    federate: Federate, contract: Contract, tmp_path: Path
+) -> None:
+    """Before anybody is asked."""
+    federation = federate(contract)
+    with pytest.raises(ContractError, match="no such contract file"):
+        run_app(federation, {"federation": str(tmp_path)})
+    assert all(not member.worker.ledger.entries() for member in federation.members)
+
+
+def test_a_failed_run_publishes_nothing(
+    federate: Federate, contract: Contract, tmp_path: Path
+) -> None:
+    """No bundle, not even a part of one."""
+    (tmp_path / "contract.toml").write_text(contract_toml(contract))
+    with pytest.raises(RunError):
+        run_app(
+            federate(contract, caps=dict.fromkeys(range(5), 0.1)),
+            {"contract": str(tmp_path / "contract.toml")},
+        )
+    assert not list(tmp_path.glob("bundle*"))

@@ -1,0 +1,256 @@
+"""The documentation says what the program does."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+
+import click
+import jsonschema
+import pytest
+
+from clients.merchant import Merchant
+from common.contract import parse_contract
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+)
+_FENCE = re.compile(r"^```(?P<kind>\w+)(?P<words>[^\n`]*)\n(?P<text>.*?)^```$", re.M | re.S)
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+_MACHINE_PATH = re.compile(r"(?<![\w.])(/(home|root|tmp|work|Users|mnt|opt|var)/|[A-Z]:\\)")
+_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    kind: str
+    words: tuple[str, ...]
+    text: str
+
+    def word(self, name: str) -> str | None:
+        """Return the value of `name=value` after the fence."""
+        found = (word.partition("=")[2] for word in self.words if word.startswith(f"{name}="))
+        return next(found, None)
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [Block(m["kind"], tuple(m["words"].split()), m["text"]) for m in _FENCE.finditer(text)]
+
+
+def name_of(page: Path) -> str:
+    """Name a page in the list of tests."""
+    return str(page.relative_to(ROOT))
+
+
+def generator() -> ModuleType:
+    """Load `docs/generate.py`, which is no package."""
+    path = ROOT / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("docs_generate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATOR = generator()
+COMMANDS: dict[str, click.Command] = dict(GENERATOR.commands())
+
+
+def command_page(name: str) -> str:
+    """Return the text of the page of a command; subcommands share a page."""
+    return (ROOT / "docs" / "commands" / f"{name.split()[0]}.md").read_text(encoding="utf-8")
+
+
+def run_line(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run one line of an example in a folder, with this Python's `hansa` first on the path."""
+    own = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": own + os.pathsep + os.environ["PATH"], "COLUMNS": "200"}
+    return subprocess.run(
+        shlex.split(line),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+
+
+def follow(page: Path, folder: Path, *, slow: bool) -> None:
+    """Write the page's example files and run its examples in order; check what they print."""
+    for block in blocks(page):
+        if target := block.word("file"):
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            (folder / target).write_text(block.text, encoding="utf-8")
+        if block.kind != "console" or "run" not in block.words:
+            continue
+        if "slow" in block.words and not slow:
+            continue
+        lines = block.text.strip().splitlines()
+        expected = int(block.word("exit") or 0)
+        printed = ""
+        for line in (line.removeprefix("$ ") for line in lines if line.startswith("$ ")):
+            done = run_line(line, folder)
+            assert done.returncode == expected, f"{line}\n{done.stdout}{done.stderr}"
+            printed += done.stdout
+        for line in (line for line in lines if not line.startswith("$ ")):
+            assert line in printed, f"{name_of(page)} promises: {line}\n{printed}"
+
+
+def runnable(*, slow: bool) -> list[Path]:
+    """Return the pages with examples to run; with `slow` those that have slow ones."""
+
+    def wanted(block: Block) -> bool:
+        return "run" in block.words and ("slow" in block.words or not slow)
+
+    return [page for page in PAGES if any(wanted(block) for block in blocks(page))]
+
+
+class TestGenerated:
+    @pytest.mark.parametrize("page", GENERATOR.pages(), ids=name_of)
+    def test_generated_text_is_fresh(self, page: Path) -> None:
+        """A page holds what `python docs/generate.py` would write."""
+        text = page.read_text(encoding="utf-8")
+        assert GENERATOR.filled(text) == text, "run: python docs/generate.py"
+
+    def test_a_stale_block_is_noticed(self) -> None:
+        """Text that was changed by hand inside a generated block is replaced."""
+        page = "<!-- generated: measures -->\nold\n<!-- end -->"
+        assert "old" not in GENERATOR.filled(page)
+        assert "`recency_days`" in GENERATOR.filled(page)
+
+
+class TestCommands:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_a_command_and_its_options_are_documented(self, name: str) -> None:
+        """Every command has its generated table, and every option says what it does."""
+        assert f"<!-- generated: command {name} -->" in command_page(name)
+        for parameter in COMMANDS[name].params:
+            if parameter.param_type_name == "option":
+                assert getattr(parameter, "help", None), f"hansa {name}: {parameter.opts}"
+                assert f"`{parameter.opts[0]}`" in command_page(name)
+            else:
+                assert GENERATOR.argument_help(COMMANDS[name])[parameter.name or ""]
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_a_command_explains_itself(self, name: str) -> None:
+        """Every command has a help text and a section on its exit codes."""
+        assert COMMANDS[name].help
+        assert "## Exit codes" in command_page(name)
+
+    @pytest.mark.parametrize(
+        ("line", "code"),
+        [
+            ("hansa version", 0),
+            ("hansa nonsense", 2),  # wrong use
+            ("hansa contract none.toml", 2),  # ContractError
+            ("hansa simulate --data none", 2),  # DataError
+            ("hansa merchant check none.toml --contract good.toml", 2),  # PolicyError
+            ("hansa merchant assign full none.toml --out assigned", 1),  # BundleError
+            ("hansa simulate --preset smoke --out full", 1),  # RunError
+        ],
+    )
+    def test_exit_codes_are_as_documented(self, line: str, code: int, tmp_path: Path) -> None:
+        """An error ends with the exit code of the table, and with one message, no traceback."""
+        example = next(b for b in blocks(ROOT / "docs/contract.md") if "contract" in b.words)
+        (tmp_path / "good.toml").write_text(example.text, encoding="utf-8")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "something").write_text("here", encoding="utf-8")
+        done = run_line(line, tmp_path)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert bool(done.stderr) == bool(code)
+
+
+class TestLinks:
+    @pytest.mark.parametrize("page", PAGES, ids=name_of)
+    def test_relative_links_lead_somewhere(self, page: Path) -> None:
+        """A relative link names a file that is there, and a heading that is on it."""
+        text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+        for target in (match["target"] for match in _LINK.finditer(text)):
+            if target.startswith(("https://", "http://")):
+                continue
+            path, _, heading = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), target
+            if heading:
+                assert heading in anchors(linked), target
+
+    def test_every_page_is_listed(self) -> None:
+        """Each page of the documentation is linked from its table of contents."""
+        for folder in (ROOT / "docs", ROOT / "docs" / "commands"):
+            contents = (folder / "README.md").read_text(encoding="utf-8")
+            for page in folder.glob("*.md"):
+                assert page.name == "README.md" or f"]({page.name})" in contents
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as they are made from the words."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+class TestExamples:
+    @pytest.mark.parametrize("page", runnable(slow=False), ids=name_of)
+    def test_examples_run(self, page: Path, tmp_path: Path) -> None:
+        """The quick examples of a page work in an empty folder, one after the other."""
+        follow(page, tmp_path, slow=False)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("page", runnable(slow=True), ids=name_of)
+    def test_slow_examples_run(self, page: Path, tmp_path: Path) -> None:
+        """The longer examples of a page work too."""
+        follow(page, tmp_path, slow=True)
+
+    @pytest.mark.parametrize("page", PAGES, ids=name_of)
+    def test_toml_examples_are_valid(self, page: Path) -> None:
+        """Every contract and merchant file in the pages is accepted."""
+        for block in blocks(page):
+            if block.kind == "toml" and "contract" in block.words:
+                parse_contract(tomllib.loads(block.text), source=name_of(page))
+            elif block.kind == "toml" and "merchant" in block.words:
+                Merchant.model_validate(tomllib.loads(block.text))
+
+    @pytest.mark.parametrize("name", ["simulate", "compare"])
+    def test_json_examples_fit_their_schema(self, name: str) -> None:
+        """The JSON examples are valid under the schemas that the package ships."""
+        path = files("hansa") / "schemas" / f"{name}.schema.json"
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        found = [b for b in blocks(ROOT / "docs" / "results.md") if name in b.words]
+        assert found
+        for block in found:
+            jsonschema.validate(json.loads(block.text), schema)
+
+
+class TestManners:
+    @pytest.mark.parametrize("page", PAGES, ids=name_of)
+    def test_no_machine_paths(self, page: Path) -> None:
+        """No page names a folder of somebody's machine."""
+        assert not _MACHINE_PATH.search(page.read_text(encoding="utf-8"))
+
+    def test_unmasked_sums_are_admitted_early(self) -> None:
+        """The README says that sums are not masked before it shows anything else."""
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert "does not mask the sums" in text.partition("##")[0]
+
+    def test_the_changelog_has_a_privacy_heading(self) -> None:
+        """Changes of what is released stand under a heading of their own."""
+        assert "### Privacy" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
