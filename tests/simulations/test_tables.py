@@ -32,7 +32,7 @@ class TestMerchantsTable:
     def test_nobody_refused(self, small_result: SimulationResult) -> None:
         """Where nobody refused there is no column for it."""
         result = replace(small_result, merchants=small_result.merchants[:2])
-        assert len(merchants_table(result).columns) == 5
+        assert len(merchants_table(result).columns) == 6
 
     def test_thousand(self, large_result: SimulationResult) -> None:
         """Of a thousand the ends and ten refusals are shown, and the rest is counted."""
