@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from common.errors import DataError
 from common.fixed_point import BLOCK_ROWS, MAX_SUMMANDS
-from common.network import Network, row_by_row
+from common.network import Network, row_by_row, softmax
 from common.noise import NoiseSource
 
 # (network, theta, inputs, labels, clip_norm) -> sum of clipped gradients
@@ -61,12 +61,11 @@ def clipped_gradient_sum(
         )
     total = np.zeros(network.size)
     sums = [torch.from_numpy(layer) for layer in network.layers(total)]
-    weights = [torch.from_numpy(layer) for layer in network.layers(np.array(theta))]
+    weights = network.layers(theta)
     for start in range(0, len(x), BLOCK_ROWS):
         stop = start + BLOCK_ROWS
-        inputs, deltas = _backward(
-            network, weights, torch.from_numpy(x[start:stop]), torch.from_numpy(y[start:stop])
-        )
+        backward = _backward(network, weights, x[start:stop], y[start:stop])
+        inputs, deltas = (list(map(torch.from_numpy, arrays)) for arrays in backward)
         squares = sum(
             d.square().sum(1) * (a.square().sum(1) + 1.0)
             for a, d in zip(inputs, deltas, strict=True)
@@ -80,23 +79,32 @@ def clipped_gradient_sum(
 
 
 def _backward(
-    network: Network, weights: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return every layer's inputs [B, in] and output gradients [B, out]."""
+    network: Network,
+    weights: list[Float[np.ndarray, "out inp_1"]],
+    x: Float[np.ndarray, "B F"],
+    y: Int[np.ndarray, " B"],
+) -> tuple[list[Float[np.ndarray, "B inp"]], list[Float[np.ndarray, "B out"]]]:
+    """Return every layer's inputs and output gradients, each row whatever the others are.
+
+    Parameters come from the coordinator. It can choose them so that a customer's true gradient
+    cancels and what is left is the rounding of a matrix product, blown up layer by layer; since
+    a product's rounding changes with the number of rows, one more customer would then move
+    everybody's clipped gradient. So every product here goes row by row.
+    """
     relu = network.activation == "relu"
     inputs = [x]
     for layer in weights[:-1]:
-        if relu:  # jumps at zero: the sign must not depend on who else is in the block
-            z = torch.from_numpy(row_by_row(inputs[-1].numpy(), layer.numpy()))
-            inputs.append(z.clamp_(min=0.0))
-        else:
-            inputs.append(torch.addmm(layer[:, -1], inputs[-1], layer[:, :-1].T).tanh_())
-    delta = torch.addmm(weights[-1][:, -1], inputs[-1], weights[-1][:, :-1].T).softmax(1)
-    delta[torch.arange(len(y)), y] -= 1.0
+        z = row_by_row(inputs[-1], layer)
+        inputs.append(np.maximum(z, 0.0, out=z) if relu else np.tanh(z, out=z))
+    delta = softmax(row_by_row(inputs[-1], weights[-1]))
+    delta[np.arange(len(y)), y] -= 1.0
     deltas = [delta]
     for layer, out in zip(weights[:0:-1], inputs[:0:-1], strict=True):
-        back = deltas[-1] @ layer[:, :-1]
-        deltas.append(back.mul_(out > 0) if relu else back.mul_(1.0 - out.square()))
+        backwards = np.zeros((layer.shape[1] - 1, len(layer) + 1))  # [inp, out + 1], no bias
+        backwards[:, :-1] = layer[:, :-1].T
+        back = row_by_row(deltas[-1], backwards)
+        back *= (out > 0) if relu else 1.0 - out * out
+        deltas.append(back)
     deltas.reverse()
     return inputs, deltas
 

@@ -1,4 +1,8 @@
-"""The same sum with Opacus' per-sample gradients: slower, for any module Opacus validates."""
+"""The same sum with Opacus' per-sample gradients: much slower, for any module Opacus validates.
+
+One customer at a time: Opacus' matrix products round differently with the number of rows, and a
+hostile choice of parameters can blow that up (see `clients.training`).
+"""
 
 import numpy as np
 import torch
@@ -7,8 +11,6 @@ from opacus import GradSampleModule
 
 from common.models import torch_module
 from common.network import Network
-
-_BLOCK_ROWS = 1024  # per-sample gradients are [rows, P]
 
 
 def clipped_gradient_sum_opacus(
@@ -21,29 +23,25 @@ def clipped_gradient_sum_opacus(
     """Sum each customer's clipped gradient; see `clients.training.clipped_gradient_sum`."""
     module = GradSampleModule(torch_module(network, theta), loss_reduction="sum")
     total = torch.zeros(network.size, dtype=torch.float64)
-    for start in range(0, len(x), _BLOCK_ROWS):
+    for row in range(len(x)):
         module.zero_grad(set_to_none=True)
         # Opacus' backward hooks warn where no input requires a gradient
-        inputs = torch.from_numpy(x[start : start + _BLOCK_ROWS]).requires_grad_()
-        logits = module(inputs)
-        labels = torch.from_numpy(y[start : start + _BLOCK_ROWS])
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        torch.autograd.backward(loss)
-        rows = _flat_gradients(module, len(labels))
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        factor = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        total += factor @ rows
+        logits = module(torch.from_numpy(x[row : row + 1]).requires_grad_())
+        label = torch.from_numpy(y[row : row + 1])
+        torch.autograd.backward(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
+        gradient = _flat_gradient(module)
+        norm = torch.linalg.vector_norm(gradient)
+        total += gradient * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     return total.numpy()
 
 
-def _flat_gradients(module: GradSampleModule, rows: int) -> torch.Tensor:
-    """Return [rows, P] in the flat layout: [out, in + 1] a layer, the bias last."""
+def _flat_gradient(module: GradSampleModule) -> torch.Tensor:
+    """Return one customer's gradient [P] in the flat layout: [out, in + 1] a layer, bias last."""
     weights = [p.grad_sample for name, p in module.named_parameters() if name.endswith("weight")]
     biases = [p.grad_sample for name, p in module.named_parameters() if name.endswith("bias")]
     return torch.cat(
         [
-            torch.cat([w, b.unsqueeze(2)], dim=2).reshape(rows, -1)
+            torch.cat([w, b.unsqueeze(2)], dim=2).flatten()
             for w, b in zip(weights, biases, strict=True)
-        ],
-        dim=1,
+        ]
     )

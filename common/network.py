@@ -40,11 +40,7 @@ class Network:
         self, theta: Float[np.ndarray, " P"], x: Float[np.ndarray, "R F"]
     ) -> Float[np.ndarray, "R S"]:
         """Return each row's segment probabilities (softmax over the last layer)."""
-        logits = self._logits(theta, x)
-        logits -= logits.max(axis=1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(axis=1, keepdims=True)
-        return np.asarray(logits)
+        return softmax(self._logits(theta, x))
 
     def predictions(
         self, theta: Float[np.ndarray, " P"], x: Float[np.ndarray, "R F"]
@@ -60,6 +56,14 @@ class Network:
             x = row_by_row(x, layer)
             x = np.maximum(x, 0.0) if self.activation == "relu" else np.tanh(x)
         return row_by_row(x, last)
+
+
+def softmax(logits: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R S"]:
+    """Turn logits into probabilities, in place, each row whatever the others are."""
+    logits -= logits.max(axis=1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=1, keepdims=True)
+    return logits
 
 
 def row_by_row(

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -75,7 +75,7 @@ def _leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Comm
         yield from _leaves(f"{name} {part}".strip(), child)
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     cells = (tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows)
     lines += ["| " + " | ".join(row) + " |" for row in cells]
@@ -116,7 +116,8 @@ def _rows(options: list[click.Parameter]) -> Iterator[tuple[str, ...]]:
         else:
             default = f"`{option.default}`"
         said = str(getattr(option, "help", None) or "").replace("<", "&lt;")
-        yield names + (" (may be repeated)" if option.multiple else ""), _value(option), said, default
+        names += " (may be repeated)" if option.multiple else ""
+        yield names, _value(option), said, default
 
 
 def _value(option: click.Parameter) -> str:
@@ -178,7 +179,7 @@ def _keys(properties: Mapping[str, Schema], required: list[str], schema: Schema)
         default = part.get("default")
         if key in required:
             shown = "required"
-        elif default is None or default == "" or default == []:
+        elif default is None or default in ("", []):
             shown = ""
         else:
             shown = f"`{json.dumps(default)}`"
@@ -190,10 +191,8 @@ def _type(part: Schema, schema: Schema) -> str:
     """Say in words what values a JSON schema lets through."""
     if "anyOf" in part:
         return " or ".join(_type(p, schema) for p in part["anyOf"] if p.get("type") != "null")
-    if "const" in part:
-        return f"`{json.dumps(part['const'])}`"
-    if "enum" in part:
-        return ", ".join(f"`{json.dumps(value)}`" for value in part["enum"])
+    if named := _named(part):
+        return named
     if "prefixItems" in part:
         return "[" + ", ".join(_type(p, schema) for p in part["prefixItems"]) + "]"
     if part.get("type") == "array":
@@ -202,6 +201,12 @@ def _type(part: Schema, schema: Schema) -> str:
     if part.get("type") == "object":
         return f"table of {_type(part['additionalProperties'], schema)}"
     return _plain(part)
+
+
+def _named(part: Schema) -> str:
+    """List the values of a schema that names them one by one; empty for others."""
+    values = [part["const"]] if "const" in part else part.get("enum", [])
+    return ", ".join(f"`{json.dumps(value)}`" for value in values)
 
 
 def _plain(part: Schema) -> str:
@@ -261,10 +266,8 @@ def _field_rows(prefix: str, node: Schema, schema: Schema) -> Iterator[tuple[str
 
 
 def _json_type(part: Schema) -> str:
-    if "const" in part:
-        return f"`{json.dumps(part['const'])}`"
-    if "enum" in part:
-        return ", ".join(f"`{json.dumps(value)}`" for value in part["enum"])
+    if named := _named(part):
+        return named
     kind = part.get("type", "anything")
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
 

@@ -106,7 +106,9 @@ def compare(  # noqa: PLR0913, PLR0917
     contract: Annotated[
         Path | None, typer.Argument(help="A contract file; default the data set's own.")
     ] = None,
-    data: DataOption = "synthetic",
+    data: Annotated[
+        str, typer.Option("--data", help="A built-in data set (`hansa data list`).")
+    ] = "synthetic",
     partition: PartitionOption = None,
     label: LabelOption = None,
     preset: PresetOption = None,
@@ -163,9 +165,10 @@ def main() -> None:
     except HansaError as error:
         typer.echo(f"hansa: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("hansa: interrupted", err=True)
-        sys.exit(130)
+    except SystemExit as ending:
+        if ending.code == 130:  # what Typer makes of Ctrl-C, without a word
+            typer.echo("hansa: interrupted", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -287,10 +287,15 @@ class Coordinator:
 
     def _reasons(self) -> str:
         reasons = {**self._outcome.failures, **self._outcome.refusals}
-        shown = [f"{name}: {reason}" for name, reason in sorted(reasons.items())][:5]
+        shown = [_harmless(f"{name}: {reason}") for name, reason in sorted(reasons.items())][:5]
         more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
         return ("; " + "; ".join(shown) + more) if shown else ""
 
     @property
     def _timeout_s(self) -> float:
         return self._contract.federation.round_timeout_s
+
+
+def _harmless(text: str) -> str:
+    """Return a stranger's text on one line, without signs that move a terminal's cursor."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)[:300]

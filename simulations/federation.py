@@ -98,6 +98,10 @@ def open_federation(folder: Path) -> Federation:
             "merchants/<id>/merchant.toml, as `hansa data generate` writes them"
         )
     opened = [open_worker(path) for path in paths]
+    names = [o.worker.merchant for o in opened]
+    for name, path in zip(names, paths, strict=True):
+        if names.count(name) > 1:
+            raise DataError(f"{path}: the id '{name}' is used by another merchant too; change one")
     members = tuple(Member(o.worker.merchant, o.table, o.worker) for o in opened)
     seeds = {o.seed for o in opened if o.seed is not None}
     return Federation(

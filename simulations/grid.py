@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+FIRST_NODE = 2  # id of node 0; 0 and 1 mean other things to Flower
 Fault = Callable[[Message], str | None]  # None: deliver; "silent": lose it; else: error text
 
 
@@ -44,9 +45,9 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, 1
         TaskIdentity.node_id = SUPERLINK_NODE_ID
         self.contexts = {
-            node + 2: Context(
+            node + FIRST_NODE: Context(
                 self._run.run_id,
-                node + 2,
+                node + FIRST_NODE,
                 {"partition-id": node, "num-partitions": nodes},
                 RecordDict(),
                 dict(run_config),

@@ -14,6 +14,7 @@ from audit.epsilon import recompute
 from clients.app import create_app as create_client_app
 from clients.assignment import assign, write_assignments
 from clients.worker import Worker
+from common import statements
 from common.accounting import PRV_ERROR, epsilon, opacus_epsilon
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
@@ -24,9 +25,12 @@ from server.app import create_app as create_server_app
 from server.coordinator import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
 from simulations.federation import Federation, Member
-from simulations.grid import Fault, run_in_process
+from simulations.grid import FIRST_NODE, Fault, run_in_process
 from simulations.result import MerchantRecord, RoundRecord, SegmentRecord, SimulationResult
 
+_OWN_NAMES = frozenset(
+    {"contract.toml", "merchants", "bundle", "bundle.partial", "report.html", "result.json"}
+)
 _AGREEMENT = 0.02  # relative difference between two accountants that is let pass
 
 OnRound = Callable[[RoundRecord, int], None]  # (round, rounds of the contract)
@@ -39,13 +43,35 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
         RunError: The folder holds something; with `overwrite`, something other than an earlier
             simulation.
     """
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise RunError(f"{out}: is not empty; choose another --out, or add --overwrite")
-        if not (out / "contract.toml").is_file() or not (out / "bundle").is_dir():
-            raise RunError(f"{out}: holds no earlier simulation; it is not overwritten")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not overwrite:
+                raise RunError(f"{out}: is not empty; choose another --out, or add --overwrite")
+            if not _is_earlier_simulation(out):
+                raise RunError(
+                    f"{out}: holds something else than an earlier simulation; it is not "
+                    "overwritten, choose another --out"
+                )
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be used as a folder ({error.strerror})") from None
+
+
+def _is_earlier_simulation(out: Path) -> bool:
+    """Tell whether all that the folder holds is what a simulation, finished or not, leaves.
+
+    A federation's folder may hold a contract and a bundle too; its merchants' tables, files and
+    ledgers must never be deleted.
+    """
+    if out.is_symlink() or not (out / "contract.toml").is_file():
+        return False
+    if not {path.name for path in out.iterdir()} <= _OWN_NAMES:
+        return False
+    return all(path.is_dir() for path in out.glob("merchants/*")) and all(
+        path.name.startswith(("ledger.sqlite", "assignments.", ".assignments."))
+        for path in out.glob("merchants/*/*")
+    )
 
 
 def simulate(
@@ -66,9 +92,9 @@ def simulate(
         on_round(records[-1], round_report.rounds)
 
     outcome = run_rounds(federation, out, report, fault)
+    merchants, spending = _spending(federation, outcome)  # may refuse to claim an epsilon
     documents = publish(outcome, contract, out / "bundle", Ed25519PrivateKey.generate())
     _assign_everywhere(federation, out)
-    merchants, spending = _spending(federation, outcome)
     metrics = documents["metrics.json"]
     return SimulationResult(
         run=outcome.run,
@@ -94,7 +120,7 @@ def simulate(
         bundle=out / "bundle",
         seconds=time.monotonic() - began,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        notes=(*federation.notes, *_failure_notes(outcome)),
+        notes=(*federation.notes, *_seed_notes(outcome), *_failure_notes(outcome)),
     )
 
 
@@ -186,9 +212,10 @@ def _spending(
     """
     delta = federation.contract.privacy.delta
     records, worst_events, worst = [], tuple[Event, ...](), 0.0
-    for member in federation.members:
+    for node, member in enumerate(federation.members, start=FIRST_NODE):
         charged = [e for e in member.worker.ledger.entries(outcome.run) if e.kind == "charge"]
-        record = _merchant_record(member, outcome, charged, delta)
+        absent = None if member.merchant in outcome.merchants else _absence(outcome, node)
+        record = _merchant_record(member, outcome, charged, delta, absent)
         records.append(record)
         if record.epsilon > worst:
             worst, worst_events = record.epsilon, merged(entry.event for entry in charged)
@@ -203,7 +230,7 @@ def _spending(
 
 
 def _merchant_record(
-    member: Member, outcome: Outcome, charged: list[Entry], delta: float
+    member: Member, outcome: Outcome, charged: list[Entry], delta: float, absent: str | None
 ) -> MerchantRecord:
     member.worker.ledger.close()
     accuracy = _own_accuracy(member, outcome.evaluations[-1])
@@ -214,8 +241,13 @@ def _merchant_record(
         epsilon_server=epsilon([entry.towards_server for entry in charged], delta),
         accuracy=accuracy[0] if accuracy else None,
         accuracy_error=accuracy[1] if accuracy else None,
-        refused=outcome.refusals.get(member.merchant),
+        refused=outcome.refusals.get(member.merchant, absent),
     )
+
+
+def _absence(outcome: Outcome, node: int) -> str:
+    """Say why a node that did not refuse is not among the merchants of a run."""
+    return outcome.failures.get(f"node {node}", "it gave no usable answer")
 
 
 def _own_accuracy(member: Member, evaluation: NoisySum) -> tuple[float, float] | None:
@@ -240,6 +272,10 @@ def _segment_records(segments: list[dict[str, object]]) -> tuple[SegmentRecord, 
         )
         for segment in segments
     )
+
+
+def _seed_notes(outcome: Outcome) -> tuple[str, ...]:
+    return (statements.NOT_FOR_RELEASE,) if outcome.repeatable else ()
 
 
 def _failure_notes(outcome: Outcome) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Exact scores on customers that the simulator can see: accuracy, macro-F1, AUC."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ class Scores:
     accuracy: float
     macro_f1: float
     auc: float  # mean over segments of one-against-the-rest; 0.5 knows nothing
-    by_group: tuple[float, ...]  # accuracy in each group of merchants
+    by_group: tuple[float, ...]  # accuracy in each group of merchants; NaN: nobody held out
 
 
 def scores_of(
@@ -37,5 +38,8 @@ def scores_of(
         accuracy=float(hits.mean()),
         macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
         auc=float(np.mean(areas)) if areas else 0.5,
-        by_group=tuple(float(hits[group == g].mean()) for g in range(groups)),
+        by_group=tuple(
+            float(hits[group == g].mean()) if (group == g).any() else math.nan
+            for g in range(groups)
+        ),
     )

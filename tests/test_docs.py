@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -69,13 +70,17 @@ def generator() -> ModuleType:
     return module
 
 
-GENERATOR = generator()
-COMMANDS: dict[str, click.Command] = dict(GENERATOR.commands())
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # typer imports old names of click
+    GENERATOR = generator()
+    COMMANDS: dict[str, click.Command] = dict(GENERATOR.commands())
 
 
 def command_page(name: str) -> str:
     """Return the text of the page of a command; subcommands share a page."""
-    return (ROOT / "docs" / "commands" / f"{name.split()[0]}.md").read_text(encoding="utf-8")
+    return (ROOT / "docs" / "commands" / f"{name.split(maxsplit=1)[0]}.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def run_line(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -124,6 +129,8 @@ def runnable(*, slow: bool) -> list[Path]:
 
 
 class TestGenerated:
+    """Generated tables."""
+
     @pytest.mark.parametrize("page", GENERATOR.pages(), ids=name_of)
     def test_generated_text_is_fresh(self, page: Path) -> None:
         """A page holds what `python docs/generate.py` would write."""
@@ -138,6 +145,8 @@ class TestGenerated:
 
 
 class TestCommands:
+    """Pages of commands."""
+
     @pytest.mark.parametrize("name", COMMANDS)
     def test_a_command_and_its_options_are_documented(self, name: str) -> None:
         """Every command has its generated table, and every option says what it does."""
@@ -180,6 +189,8 @@ class TestCommands:
 
 
 class TestLinks:
+    """Links between pages."""
+
     @pytest.mark.parametrize("page", PAGES, ids=name_of)
     def test_relative_links_lead_somewhere(self, page: Path) -> None:
         """A relative link names a file that is there, and a heading that is on it."""
@@ -209,6 +220,8 @@ def anchors(page: Path) -> set[str]:
 
 
 class TestExamples:
+    """Examples in fenced blocks."""
+
     @pytest.mark.parametrize("page", runnable(slow=False), ids=name_of)
     def test_examples_run(self, page: Path, tmp_path: Path) -> None:
         """The quick examples of a page work in an empty folder, one after the other."""
@@ -241,6 +254,8 @@ class TestExamples:
 
 
 class TestManners:
+    """What every page owes its reader."""
+
     @pytest.mark.parametrize("page", PAGES, ids=name_of)
     def test_no_machine_paths(self, page: Path) -> None:
         """No page names a folder of somebody's machine."""

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from common.errors import DataError
+
 app = typer.Typer(help="List, show and write the built-in data sets.", no_args_is_help=True)
 
 
@@ -12,11 +14,13 @@ app = typer.Typer(help="List, show and write the built-in data sets.", no_args_i
 def list_sets() -> None:
     """List the built-in data sets."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.table import Column, Table
 
     from simulations.catalogue import CATALOGUE
 
-    table = Table("Name", "Partitions", "Labels", "Presets", "Rows", "Needs")
+    name = Column("Name", no_wrap=True)
+    table = Table(name, "Partitions", "Labels", "Presets", "Rows", "Needs")
     for entry in CATALOGUE:
         table.add_row(
             entry.name,
@@ -24,7 +28,7 @@ def list_sets() -> None:
             ", ".join(entry.labels),
             ", ".join(entry.presets),
             ", ".join(f"{name} {rows:,}" for name, rows in entry.rows.items()),
-            entry.extra or "",
+            escape(entry.extra or ""),
         )
     Console().print(table)
 
@@ -89,6 +93,8 @@ def generate(  # noqa: PLR0913, PLR0917
     from hansa.commands.choose import chosen_dataset
     from simulations.datasets import write_federation
 
+    if epsilon is not None and not 0 < epsilon <= 100:
+        raise DataError(f"--epsilon: expected a number above 0 and up to 100, got {epsilon:g}")
     dataset = chosen_dataset(
         data, partition=partition, label=label, preset=preset, merchants=merchants, seed=data_seed
     )

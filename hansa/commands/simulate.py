@@ -43,15 +43,15 @@ def run(choices: Choices) -> None:
     """Simulate, write everything under the output folder, print what came out."""
     from rich.console import Console
 
-    from simulations.documents import simulation_document
-    from simulations.report import write_report
-    from simulations.run import prepare_folder, simulate
-    from simulations.tables import merchants_table, summary_lines
-
     console = Console(stderr=str(choices.json) == "-")
     out = choices.out or Path("out") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     with console.status("reading customers"):
-        prepare = _prepared(choices)
+        prepare = _prepared(choices)  # what is mistyped is told before torch is imported
+        from simulations.documents import simulation_document
+        from simulations.report import write_report
+        from simulations.run import prepare_folder, simulate
+        from simulations.tables import merchants_table, summary_lines
+
         prepare_folder(out, overwrite=choices.overwrite)
         federation = prepare(out)
     _announce(federation, console)
@@ -72,16 +72,10 @@ def run(choices: Choices) -> None:
 
 def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
     """Check every choice; return what makes the federation once its folder is there."""
-    from simulations.federation import (
-        assemble,
-        open_federation,
-        public_delta,
-        tables_of,
-        training_customers,
-    )
-
     if _is_folder(choices.data):
         _refuse_overrides(choices)
+        from simulations.federation import open_federation
+
         federation = open_federation(Path(choices.data))
         return lambda _out: federation
     dataset = chosen_dataset(
@@ -98,6 +92,8 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
         mode=("training", choices.mode),
         rounds=("training", choices.rounds),
     )
+    from simulations.federation import assemble, public_delta, tables_of, training_customers
+
     delta = choices.delta
     if delta is None and choices.contract is None:
         delta = public_delta(training_customers(list(tables_of(dataset, contract).values())))
@@ -115,6 +111,10 @@ def _refuse_overrides(choices: Choices) -> None:
     Raises:
         ContractError: An option would change what the merchants agreed on.
     """
+    if choices.data_seed:
+        raise ContractError(
+            f"--data-seed: the customers of the federation in {choices.data} are there already"
+        )
     for name in (
         "contract", "partition", "label", "preset", "merchants", "epsilon", "delta", "mode",
         "rounds", "seed",

@@ -20,7 +20,7 @@ from common.accounting import (
     sampled_noise_multiplier,
 )
 from common.errors import AccountingError
-from common.events import Event, GaussianSum, PoissonGaussianSum
+from common.events import Event, GaussianSum, PoissonGaussianSum, merged
 
 gaussians = st.lists(
     st.builds(GaussianSum, st.floats(0.5, 50), st.floats(0.1, 10), st.integers(1, 50)),
@@ -28,7 +28,7 @@ gaussians = st.lists(
     max_size=3,
 )
 deltas = st.sampled_from([1e-8, 1e-6, 1e-5, 1e-3])
-SAMPLED = (GaussianSum(8.0, 1.0), PoissonGaussianSum(2.0, 1.0, 0.2, 10))
+SAMPLED = merged((GaussianSum(8.0, 1.0), PoissonGaussianSum(2.0, 1.0, 0.2, 10)))
 
 
 def pld_epsilon(events: list[Event], delta: float) -> float:

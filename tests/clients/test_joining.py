@@ -1,0 +1,97 @@
+"""Tests of opening a merchant: file, contract, table, ledger."""
+
+from pathlib import Path
+
+import pytest
+
+from clients.joining import open_worker
+from clients.worker import os_noise
+from common.contract import Contract, contract_toml
+from common.errors import ContractError, DataError, PolicyError
+
+ROWS = "customer_id,spend,age,visits,member,plan,segment\n1,10,30,2,1,basic,low\n2,9,,1,0,,high\n"
+
+
+@pytest.fixture
+def merchant(contract: Contract, tmp_path: Path) -> Path:
+    """Give the `merchant.toml` of a merchant in a federation's folder."""
+    folder = tmp_path / "merchants" / "shop"
+    folder.mkdir(parents=True)
+    (tmp_path / "contract.toml").write_text(contract_toml(contract))
+    (folder / "table.csv").write_text(ROWS)
+    (folder / "merchant.toml").write_text(
+        '[merchant]\nid = "shop"\n[data]\nkind = "customers"\npath = "table.csv"\n'
+        "[policy]\nepsilon = 2.0\ndelta = 1e-6\naccept_unmasked_sums = true\n"
+    )
+    return folder / "merchant.toml"
+
+
+def test_opens_everything(merchant: Path, contract: Contract) -> None:
+    """Contract, customers, ledger and cap are those of the files."""
+    opened = open_worker(merchant)
+    assert opened.worker.contract.sha256 == contract.sha256
+    assert opened.worker.ledger.path == merchant.parent / "ledger.sqlite"
+    assert opened.worker.ledger.budget.epsilon == 2.0
+    assert opened.worker.ledger.budget.delta == 1e-6
+    assert len(opened.table.labels) == 2
+
+
+def test_noise_is_the_operating_systems(merchant: Path) -> None:
+    """Without a word about seeds the noise cannot be repeated."""
+    opened = open_worker(merchant)
+    assert opened.seed is None
+    assert opened.worker._noise_for is os_noise
+
+
+def test_seed(merchant: Path) -> None:
+    """A seed in the merchant's own file makes the noise repeatable."""
+    merchant.write_text(merchant.read_text() + "[simulation]\nseed = 3\n")
+    opened = open_worker(merchant)
+    assert opened.seed == 3
+    one, other = (opened.worker._noise_for("update", 1, 0).normal(3) for _ in range(2))
+    assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize(
+    ("start", "path"),
+    [
+        ("merchants/shop", "merchant.toml"),
+        ("merchants/shop", "./merchant.toml"),
+        ("merchants", "shop/merchant.toml"),
+        (".", "merchants/shop/merchant.toml"),
+    ],
+)
+def test_relative_paths(
+    merchant: Path, monkeypatch: pytest.MonkeyPatch, start: str, path: str
+) -> None:
+    """The shared contract is found wherever the command is started."""
+    monkeypatch.chdir(merchant.parents[2] / start)
+    assert open_worker(Path(path)).worker.merchant == "shop"
+
+
+def test_own_contract_wins(merchant: Path, contract: Contract) -> None:
+    """The contract in the merchant's own folder is the pinned one."""
+    own = contract.revised(training={"rounds": 7})
+    (merchant.parent / "contract.toml").write_text(contract_toml(own))
+    assert open_worker(merchant).worker.contract.sha256 == own.sha256
+
+
+def test_no_contract(merchant: Path) -> None:
+    """Without a contract nothing is opened."""
+    (merchant.parents[2] / "contract.toml").unlink()
+    with pytest.raises(ContractError, match="no such contract file"):
+        open_worker(merchant)
+
+
+def test_bad_table(merchant: Path) -> None:
+    """A table that breaks the contract opens nothing, not even a ledger."""
+    (merchant.parent / "table.csv").write_text(ROWS.replace("basic", "gold"))
+    with pytest.raises(DataError):
+        open_worker(merchant)
+    assert not (merchant.parent / "ledger.sqlite").exists()
+
+
+def test_no_file(tmp_path: Path) -> None:
+    """A missing file is named."""
+    with pytest.raises(PolicyError, match="no such merchant file"):
+        open_worker(tmp_path / "merchant.toml")

@@ -1,0 +1,455 @@
+"""Tests of the worker, asked the way a malicious server would ask."""
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import clients.worker
+from clients.worker import Customers, Worker, confusion_counts, profile_sums, seeded_noise
+from common.accounting import epsilon
+from common.contract import Contract, parse_contract
+from common.errors import LedgerError
+from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step
+from common.ledger import Budget, Ledger
+from common.network import initial_parameters, network_of
+from common.noise import NoiseSource
+from common.plan import CENSUS, EVALUATION, LOCAL_STEP, PROFILE, UPDATE, plan_of
+from common.wire import Attest, SumAnswer, SumRequest
+
+STAGES = {CENSUS: 0, UPDATE: 1, EVALUATION: 10, PROFILE: 20}
+BASE: dict[str, Any] = {
+    "federation": {"name": "test", "min_merchants": 4},
+    "features": [{"name": "a"}, {"name": "b"}, {"name": "c"}],
+    "segments": {"names": ["x", "y"]},
+    "model": {"hidden": [4]},
+    "training": {"rounds": 20},
+    "privacy": {"epsilon": 5.0, "delta": 1e-5, "clip_norm": 1.5},
+}
+
+
+def contract_of(**sections: Any) -> Contract:
+    """Build a small contract; keywords replace sections."""
+    return parse_contract({**BASE, **sections}, source="test")
+
+
+def some_customers(count: int = 40, seed: int = 0) -> Customers:
+    """Return customers of whom a quarter is held out and one in ten has no label."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, count)
+    labels[::10] = -1
+    return Customers(generator.uniform(-1, 1, (count, 3)), labels, np.arange(count) % 4 == 0)
+
+
+def without(customers: Customers, number: int) -> Customers:
+    """Return the neighbouring table that lacks one customer."""
+    fields = (customers.inputs, customers.labels, customers.held_out)
+    return Customers(*(np.delete(field, number, axis=0) for field in fields))
+
+
+MakeWorker = Callable[..., Worker]
+
+
+@pytest.fixture
+def make_worker(tmp_path: Path) -> MakeWorker:
+    """Give a function that makes workers, each with a ledger of its own."""
+    made = 0
+
+    def make(
+        contract: Contract | None = None,
+        customers: Customers | None = None,
+        *,
+        cap: float = 50.0,
+        accept: bool = True,
+        noise_for: Any = seeded_noise(1, "shop"),  # noqa: B008
+    ) -> Worker:
+        nonlocal made
+        made += 1
+        ledger = Ledger(tmp_path / str(made) / "ledger.sqlite", Budget(cap, 1e-5))
+        contract = contract or contract_of()
+        customers = some_customers() if customers is None else customers
+        return Worker(
+            "shop", contract, customers, ledger, accept_unmasked_sums=accept, noise_for=noise_for
+        )
+
+    return make
+
+
+def ask(worker: Worker, stage: str = UPDATE, **changes: Any) -> SumRequest:
+    """Return a proper request; keywords change fields."""
+    contract = worker.contract
+    request = SumRequest(
+        "run", contract.sha256, stage, STAGES.get(stage, 1), 0, 7.0, initial_parameters(contract)
+    )
+    return replace(request, **changes)
+
+
+def refused(worker: Worker, request: SumRequest) -> str:
+    """Return why an answer was refused, after checking that it holds nothing else."""
+    answer = worker.answer(request)
+    assert answer.refusal
+    assert answer.vector.size == 0
+    assert answer.merchant == "shop"
+    return answer.refusal
+
+
+class TestAttest:
+    """Worker.attest."""
+
+    def test_takes_part(self, make_worker: MakeWorker) -> None:
+        """The pinned contract within the cap is answered without a refusal."""
+        worker = make_worker(cap=5.0)
+        assert worker.attest(Attest("run", worker.contract.sha256)).refusal == ""
+
+    def test_says_that_noise_is_repeatable(self, make_worker: MakeWorker) -> None:
+        """Seeded noise is admitted; the operating system's is not called seeded."""
+        message = Attest("run", contract_of().sha256)
+        assert make_worker().attest(message).repeatable
+        real = make_worker(noise_for=clients.worker.os_noise)
+        assert not real.attest(message).repeatable
+
+    def test_other_contract(self, make_worker: MakeWorker) -> None:
+        """Another contract's hash is refused."""
+        assert "pinned contract" in make_worker().attest(Attest("run", "0" * 64)).refusal
+
+    def test_cap(self, make_worker: MakeWorker) -> None:
+        """A plan beyond the cap is refused before anything is computed."""
+        worker = make_worker(cap=4.9)
+        assert "its cap is 4.9" in worker.attest(Attest("run", worker.contract.sha256)).refusal
+        assert worker.ledger.entries() == []
+
+    def test_unmasked_sums(self, make_worker: MakeWorker) -> None:
+        """A merchant that does not accept unmasked sums does not take part."""
+        worker = make_worker(accept=False)
+        answer = worker.attest(Attest("run", worker.contract.sha256))
+        assert "without secure aggregation" in answer.refusal
+
+
+class TestRefusals:
+    """Requests that get nothing."""
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"contract": "0" * 64}, "field 'contract'"),
+            ({"contract": ""}, "field 'contract'"),
+            ({"stage": "gradient"}, "field 'stage'"),
+            ({"stage": ""}, "field 'stage'"),
+            ({"round": 21}, "field 'round'"),
+            ({"round": 2**31 - 1}, "field 'round'"),
+            ({"parameters": np.zeros(0)}, "field 'vector'"),
+            ({"parameters": np.zeros(25)}, "field 'vector'"),
+            ({"parameters": np.zeros((26, 1))}, "field 'vector'"),
+            ({"parameters": np.full(26, np.nan)}, "field 'vector'"),
+            ({"parameters": np.full(26, np.inf)}, "field 'vector'"),
+            ({"parameters": np.full(26, 1e6)}, "field 'vector'"),
+            ({"parameters": np.full(26, -1e300)}, "field 'vector'"),
+        ],
+    )
+    def test_wrong_field(
+        self, make_worker: MakeWorker, changes: dict[str, Any], says: str
+    ) -> None:
+        """A wrong field is named, nothing is charged and nothing is sent."""
+        worker = make_worker()
+        assert says in refused(worker, ask(worker, **changes))
+        assert worker.ledger.entries() == []
+
+    def test_long_stage_is_cut(self, make_worker: MakeWorker) -> None:
+        """A server cannot make a merchant repeat endless text."""
+        worker = make_worker()
+        assert len(refused(worker, ask(worker, stage="x" * 10**6))) < 200
+
+    def test_unmasked_sums(self, make_worker: MakeWorker) -> None:
+        """Who does not accept unmasked sums answers no request, whatever was attested."""
+        worker = make_worker(accept=False)
+        for stage in STAGES:
+            assert "secure aggregation" in refused(worker, ask(worker, stage))
+        assert worker.ledger.entries() == []
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_replay(self, make_worker: MakeWorker, stage: str) -> None:
+        """The same request gets an answer once, also with other parameters."""
+        worker = make_worker()
+        assert worker.answer(ask(worker, stage)).refusal == ""
+        assert "released before" in refused(worker, ask(worker, stage))
+        other = ask(worker, stage, parameters=np.ones(26))
+        assert "released before" in refused(worker, other)
+        assert len(worker.ledger.entries()) == 1
+
+    def test_profile_that_is_not_planned(self, make_worker: MakeWorker) -> None:
+        """What the contract does not publish cannot be asked for."""
+        worker = make_worker(contract_of(publication={"profiles": False}))
+        assert "no stage 'profile'" in refused(worker, ask(worker, PROFILE))
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_endless_attempts(self, make_worker: MakeWorker, stage: str) -> None:
+        """Asking for ever ends at the merchant's cap, and what was sent stays within it."""
+        worker = make_worker(cap=6.0)
+        answers: list[SumAnswer] = []
+        for attempt in range(3000):
+            answers.append(worker.answer(ask(worker, stage, attempt=attempt)))
+            if answers[-1].refusal:
+                break
+        assert "the merchant's cap is 6" in answers[-1].refusal
+        charged = [e.event for e in worker.ledger.entries() if e.kind == "charge"]
+        assert len(charged) == len(answers) - 1
+        assert epsilon(charged, 1e-5) <= 6.0 + 1e-8
+
+    def test_new_runs_start_with_what_is_left(self, make_worker: MakeWorker) -> None:
+        """A server gains nothing by calling the run anew."""
+        worker = make_worker(cap=6.0)
+        answers = [worker.answer(ask(worker, EVALUATION, run=str(k))) for k in range(300)]
+        assert answers[-1].refusal
+        sent = sum(not answer.refusal for answer in answers)
+        assert sent == sum(e.kind == "charge" for e in worker.ledger.entries())
+
+
+class TestCharges:
+    """Nothing leaves, and nothing is computed, without an entry."""
+
+    @pytest.mark.parametrize("mode", ["distributed", "local"])
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_charged_before_noise_is_drawn(
+        self, make_worker: MakeWorker, stage: str, mode: str
+    ) -> None:
+        """When the noise is asked for, the ledger on disk already holds the planned event."""
+        seen: list[int] = []
+
+        def noise(*_: object) -> NoiseSource:
+            connection = sqlite3.connect(worker.ledger.path)
+            seen.append(connection.execute("SELECT count(*) FROM entry").fetchone()[0])
+            connection.close()
+            return NoiseSource.fresh()
+
+        worker = make_worker(contract_of(training={"rounds": 20, "mode": mode}), noise_for=noise)
+        worker.answer(ask(worker, stage))
+        assert seen == [1]
+        release = plan_of(worker.contract).release_of(stage, STAGES[stage], 20)
+        assert release is not None
+        (entry,) = worker.ledger.entries()
+        assert entry.event == release.event
+
+    @pytest.mark.parametrize("engine", ["fused", "opacus"])
+    def test_charged_before_customers_are_read(
+        self, make_worker: MakeWorker, engine: str
+    ) -> None:
+        """If the computation fails, the charge stays."""
+        customers = some_customers()
+        broken = replace(customers, labels=np.where(customers.labels >= 0, 7, -1))  # no segment 7
+        worker = make_worker(contract_of(training={"rounds": 20, "engine": engine}), broken)
+        with pytest.raises(IndexError):
+            worker.answer(ask(worker))
+        assert len(worker.ledger.entries()) == 1
+
+    def test_no_ledger_no_answer(self, make_worker: MakeWorker) -> None:
+        """A ledger that cannot be written stops every release."""
+        worker = make_worker()
+        worker.ledger.path.write_bytes(b"\x00" * 8192)
+        assert "ledger" in refused(worker, ask(worker))
+
+    def test_towards_server(self, make_worker: MakeWorker) -> None:
+        """The entry says how little noise the single message holds: sigma / sqrt(m)."""
+        worker = make_worker()
+        worker.answer(ask(worker))
+        (entry,) = worker.ledger.entries()
+        ratio = entry.event.noise_multiplier / entry.towards_server.noise_multiplier
+        assert ratio == pytest.approx(worker.contract.noise_contributors**0.5)
+
+
+class TestNeighbours:
+    """Two tables that differ by one customer, same seeded noise."""
+
+    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("scale", [0.0, 1.0, 1e5])
+    @pytest.mark.parametrize("engine", ["fused", "opacus"])
+    def test_differ_by_the_sensitivity(
+        self, make_worker: MakeWorker, stage: str, scale: float, engine: str
+    ) -> None:
+        """Whoever is missing and whatever the parameters, answers differ by the sensitivity."""
+        contract = contract_of(training={"rounds": 20, "engine": engine})
+        customers, theta = some_customers(), np.random.default_rng(3).normal(size=26) * scale
+        release = plan_of(contract).release_of(stage, STAGES[stage], 20)
+        assert release is not None
+        unit = release.event.sensitivity
+        worker = make_worker(contract, customers)
+        whole = worker.answer(ask(worker, stage, parameters=theta)).vector
+        for gone in (0, 1, 4, 7, 39):
+            other = make_worker(contract, without(customers, gone))
+            moved = other.answer(ask(other, stage, parameters=theta)).vector - whole
+            distance = np.linalg.norm(from_lattice(moved, lattice_step(unit)))
+            assert distance <= lattice_sensitivity(unit, len(whole))
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_no_customers(self, make_worker: MakeWorker, stage: str) -> None:
+        """A merchant without any customer answers noise of the same length."""
+        empty = Customers(np.zeros((0, 3)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
+        worker, full = make_worker(customers=empty), make_worker()
+        answer = worker.answer(ask(worker, stage))
+        assert answer.vector.shape == full.answer(ask(full, stage)).vector.shape
+
+    def test_fresh_noise_differs(self, make_worker: MakeWorker) -> None:
+        """Two attempts of one round never share their noise."""
+        worker = make_worker(noise_for=clients.worker.os_noise)
+        one, other = (worker.answer(ask(worker, attempt=k)).vector for k in range(2))
+        assert not np.any(one == other)
+
+
+class TestSplit:
+    """Training and held-out customers."""
+
+    @pytest.mark.parametrize("mode", ["distributed", "local"])
+    @pytest.mark.parametrize("stage", [CENSUS, UPDATE, EVALUATION])
+    def test_the_other_side_has_no_influence(
+        self, make_worker: MakeWorker, stage: str, mode: str
+    ) -> None:
+        """Held-out customers never train, and training customers never evaluate."""
+        contract = contract_of(training={"rounds": 20, "mode": mode})
+        customers, theta = some_customers(), np.random.default_rng(0).normal(size=26)
+        other_side = ~customers.held_out if stage == EVALUATION else customers.held_out
+        changed = replace(
+            customers,
+            inputs=np.where(other_side[:, None], -customers.inputs[::-1], customers.inputs),
+            labels=np.where(other_side, 1 - customers.labels, customers.labels),
+        )
+        one, other = make_worker(contract, customers), make_worker(contract, changed)
+        request = ask(one, stage, parameters=theta)
+        assert np.array_equal(one.answer(request).vector, other.answer(request).vector)
+
+    @pytest.mark.parametrize("stage", [CENSUS, UPDATE, EVALUATION])
+    def test_unlabelled_customers_have_no_influence(
+        self, make_worker: MakeWorker, stage: str
+    ) -> None:
+        """Who has no label neither trains nor evaluates."""
+        customers = some_customers()
+        inputs = np.where((customers.labels < 0)[:, None], 0.99, customers.inputs)
+        one, other = make_worker(), make_worker(customers=replace(customers, inputs=inputs))
+        request = ask(one, stage, parameters=np.ones(26))
+        assert np.array_equal(one.answer(request).vector, other.answer(request).vector)
+
+
+class TestLocalMode:
+    """A merchant's own DP-SGD steps."""
+
+    LOCAL: dict[str, Any] = {"rounds": 20, "mode": "local", "local_learning_rate": 0.5}
+
+    def expected(self, worker: Worker, batch: float, steps: int, proximal: float) -> np.ndarray:
+        """Replay the steps from the noisy sums alone."""
+        contract, clip_norm = worker.contract, 1.5
+        event = plan_of(contract).update.event
+        noise = NoiseSource.seeded(1, "shop", UPDATE, 1, 0)
+        start = theta = initial_parameters(contract)
+        x, y = some_customers().part(held_out=False)
+        for _ in range(steps):
+            noisy = clients.worker.noisy_sum(
+                clients.worker.clipped_gradient_sum(network_of(contract), theta, x, y, clip_norm),
+                sensitivity=clip_norm,
+                noise_multiplier=event.noise_multiplier,
+                contributors=1,
+                noise=noise,
+            )
+            gradient = from_lattice(noisy, lattice_step(clip_norm)) / batch
+            theta = theta - 0.5 * (gradient + proximal * (theta - start))
+        return theta - start
+
+    @pytest.mark.parametrize(("steps", "proximal"), [(1, 0.0), (3, 0.0), (3, 0.2)])
+    def test_is_made_of_noisy_sums(
+        self, make_worker: MakeWorker, steps: int, proximal: float
+    ) -> None:
+        """The update is what anybody could compute from the noisy sums."""
+        training = {**self.LOCAL, "local_steps": steps, "proximal": proximal}
+        worker = make_worker(contract_of(training=training))
+        update = from_lattice(worker.answer(ask(worker)).vector, LOCAL_STEP)
+        expected = self.expected(worker, 7.0, steps, proximal)
+        np.testing.assert_allclose(update, expected, atol=LOCAL_STEP, rtol=1e-9)
+
+    def test_divides_by_the_noisy_average(self, make_worker: MakeWorker) -> None:
+        """The step is divided by the request's noisy number, not by the exact one."""
+        training = self.LOCAL
+        one, other = (make_worker(contract_of(training=training)) for _ in range(2))
+        small = one.answer(ask(one, customers_per_merchant=10.0)).vector
+        large = other.answer(ask(other, customers_per_merchant=20.0)).vector
+        np.testing.assert_allclose(small, 2 * large, atol=2)
+
+    @pytest.mark.parametrize("average", [0.0, 1e-300, 1.0])
+    def test_never_divides_by_nothing(self, make_worker: MakeWorker, average: float) -> None:
+        """An average below one counts as one."""
+        worker = make_worker(contract_of(training=self.LOCAL))
+        update = worker.answer(ask(worker, customers_per_merchant=average)).vector
+        expected = self.expected(worker, 1.0, 1, 0.0)
+        np.testing.assert_allclose(from_lattice(update, LOCAL_STEP), expected, atol=LOCAL_STEP)
+
+    @pytest.mark.parametrize("average", [0.0, 1e308])
+    def test_any_average_gives_an_answer(self, make_worker: MakeWorker, average: float) -> None:
+        """However absurd the average, an update within the lattice comes back."""
+        training = {**self.LOCAL, "local_learning_rate": 1e5, "local_steps": 5}
+        worker = make_worker(contract_of(training=training))
+        update = worker.answer(ask(worker, customers_per_merchant=average)).vector
+        assert np.all(np.abs(update) <= 2**50)
+
+    @pytest.mark.slow
+    def test_sampled(self, make_worker: MakeWorker) -> None:
+        """With Poisson sampling the charged event is the sampled one, and is charged first."""
+        training = {**self.LOCAL, "sampling_rate": 0.5, "local_steps": 2}
+        worker = make_worker(contract_of(training=training))
+        answer = worker.answer(ask(worker))
+        assert answer.refusal == ""
+        (entry,) = worker.ledger.entries()
+        assert entry.event == plan_of(worker.contract).update.event
+
+    @pytest.mark.slow
+    def test_sampled_plan_can_be_spent(self, make_worker: MakeWorker) -> None:
+        """A cap that is the contract's epsilon pays for every sampled round, one by one."""
+        training = {**self.LOCAL, "rounds": 5, "sampling_rate": 0.3}
+        worker = make_worker(contract_of(training=training), cap=5.0)
+        for stage, number in ((CENSUS, 0), *((UPDATE, k) for k in range(1, 6)), (PROFILE, 5)):
+            assert worker.answer(ask(worker, stage, round=number)).refusal == ""
+
+
+class TestCounts:
+    """confusion_counts and profile_sums."""
+
+    def test_confusion(self) -> None:
+        """Rows are true segments, columns predicted ones."""
+        counts = confusion_counts(np.array([0, 1, 1, 2]), np.array([0, 2, 2, 0]), 3)
+        assert counts.reshape(3, 3).tolist() == [[1, 0, 0], [0, 0, 2], [1, 0, 0]]
+
+    def test_profile_of_one(self) -> None:
+        """One customer adds at most 1 in L2, in one segment, even outside of [-1, 1]."""
+        sums = profile_sums(np.array([[9.0, -9.0, 1.0]]), np.array([1]), 2).reshape(2, 4)
+        assert not sums[0].any()
+        assert np.linalg.norm(sums[1]) == pytest.approx(1.0, abs=1e-15)
+
+    def test_profile_decodes(self) -> None:
+        """Counts and means come back from the sums."""
+        x = np.array([[0.5, -0.5], [0.1, 0.3], [1.0, 1.0]])
+        sums = profile_sums(x, np.array([0, 0, 1]), 2).reshape(2, 3)
+        counts = sums[:, 0] / np.sqrt(0.5)
+        means = sums[:, 1:] / np.sqrt(0.5 / 2) / counts[:, None]
+        np.testing.assert_allclose(counts, [2, 1])
+        np.testing.assert_allclose(means, [[0.3, -0.1], [1, 1]])
+
+
+def test_locked_ledger_is_a_refusal(
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ledger that another process holds is no reason to answer without a charge."""
+    worker = make_worker()
+    holder = sqlite3.connect(worker.ledger.path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    connect = worker.ledger._connect
+
+    def impatient() -> sqlite3.Connection:
+        connection = connect()
+        connection.execute("PRAGMA busy_timeout = 10")
+        return connection
+
+    monkeypatch.setattr(worker.ledger, "_connect", impatient)
+    assert "locked" in refused(worker, ask(worker))
+    with pytest.raises(LedgerError):
+        worker.ledger.entries()
+    holder.execute("ROLLBACK")
+    holder.close()

@@ -1,0 +1,251 @@
+"""Tests of messages: round trips through Flower's protobuf, and hostile ones."""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Proto
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from common.errors import WireError
+from common.wire import (
+    Attest,
+    Attested,
+    SumAnswer,
+    SumRequest,
+    pack,
+    unpack_attest,
+    unpack_attested,
+    unpack_sum_answer,
+    unpack_sum_request,
+)
+
+Unpack = Callable[[RecordDict], Any]
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+wholes = st.integers(0, 2**31 - 1)
+lengths = st.integers(0, 9)
+floats = arrays.arrays(np.float64, lengths, elements=st.floats(allow_nan=False))
+integers = arrays.arrays(np.int64, lengths)
+averages = st.floats(0, 1e12)
+MESSAGES = st.one_of(
+    st.builds(Attest, texts, texts),
+    st.builds(Attested, texts, texts, st.booleans()),
+    st.builds(SumRequest, texts, texts, texts, wholes, wholes, averages, floats),
+    st.builds(SumAnswer, texts, texts, integers),
+)
+UNPACK: dict[str, Unpack] = {
+    "Attest": unpack_attest,
+    "Attested": unpack_attested,
+    "SumRequest": unpack_sum_request,
+    "SumAnswer": unpack_sum_answer,
+}
+REQUEST = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, np.array([1.0, 2.0, 3.0]))
+ANSWER = SumAnswer("shop", "", np.array([1, 2, 3]))
+
+
+def carried(content: RecordDict) -> RecordDict:
+    """Carry a record through Flower's protobuf bytes."""
+    raw = recorddict_to_proto(content).SerializeToString()
+    return recorddict_from_proto(Proto.FromString(raw))
+
+
+def changed(message: Any, **fields: Any) -> RecordDict:
+    """Pack a message and change fields of its configuration; None takes one away."""
+    content = pack(message)
+    config = {**dict(content["hansa"]), **fields}  # type: ignore[call-overload]
+    content["hansa"] = ConfigRecord({k: v for k, v in config.items() if v is not None})
+    return carried(content)
+
+
+def with_array(array: Array | None, name: str = "vector") -> RecordDict:
+    """Pack an answer around another array."""
+    content = pack(ANSWER)
+    content["hansa.arrays"] = ArrayRecord({} if array is None else {name: array})
+    return carried(content)
+
+
+@settings(deadline=None)
+@given(MESSAGES)
+def test_round_trip(message: Any) -> None:
+    """Every message comes back from Flower's bytes as it was."""
+    back = UNPACK[type(message).__name__](carried(pack(message)))
+    for name, value in vars(message).items():
+        np.testing.assert_array_equal(getattr(back, name), value)
+        assert type(getattr(back, name)) is type(value)
+
+
+def test_vector_is_writable_and_its_own() -> None:
+    """A received vector can be worked on in place."""
+    vector = unpack_sum_answer(carried(pack(ANSWER))).vector
+    vector += 1
+    assert vector.tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("message", [REQUEST, ANSWER, Attest("r", "c"), Attested("m", "", False)])
+class TestEveryMessage:
+    """Faults that any message may have."""
+
+    def test_version(self, message: Any) -> None:
+        """Another protocol version is told apart from everything else."""
+        with pytest.raises(WireError, match="field 'protocol'"):
+            UNPACK[type(message).__name__](changed(message, protocol=2))
+
+    def test_type(self, message: Any) -> None:
+        """A message of another type is refused."""
+        with pytest.raises(WireError, match="field 'type'"):
+            UNPACK[type(message).__name__](changed(message, type="Other"))
+
+    def test_missing_field(self, message: Any) -> None:
+        """Every field is needed, and the missing one is named."""
+        for name, value in vars(message).items():
+            if not isinstance(value, np.ndarray):
+                with pytest.raises(WireError, match=f"field '{name}'"):
+                    UNPACK[type(message).__name__](changed(message, **{name: None}))
+
+    def test_mistyped_field(self, message: Any) -> None:
+        """A field of another type is named, and its value is not repeated."""
+        for name, value in vars(message).items():
+            if not isinstance(value, np.ndarray):
+                with pytest.raises(WireError, match=f"field '{name}'") as caught:
+                    UNPACK[type(message).__name__](changed(message, **{name: b"secret"}))
+                assert "secret" not in str(caught.value)
+
+    def test_not_from_hansa(self, message: Any) -> None:
+        """Another app's record is refused in words."""
+        with pytest.raises(WireError, match="is the sender Hansa"):
+            UNPACK[type(message).__name__](RecordDict({"metrics": ConfigRecord({"x": 1})}))
+
+    def test_record_of_another_kind(self, message: Any) -> None:
+        """A record of the right name and the wrong kind is refused."""
+        with pytest.raises(WireError, match="is the sender Hansa"):
+            UNPACK[type(message).__name__](RecordDict({"hansa": ArrayRecord()}))
+
+
+class TestNumbers:
+    """Ranges of numbers."""
+
+    @pytest.mark.parametrize("name", ["round", "attempt"])
+    @pytest.mark.parametrize("value", [-1, 2**31, 1.0, True, "1"])
+    def test_wholes(self, name: str, value: Any) -> None:
+        """Round and attempt are whole numbers from 0 to 2**31."""
+        with pytest.raises(WireError, match=f"field '{name}'"):
+            unpack_sum_request(changed(REQUEST, **{name: value}))
+
+    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1, "1"])
+    def test_average(self, value: Any) -> None:
+        """The average number of customers is a finite number."""
+        with pytest.raises(WireError, match="customers_per_merchant"):
+            unpack_sum_request(changed(REQUEST, customers_per_merchant=value))
+
+
+def npy(array: np.ndarray) -> bytes:
+    """Return an array as numpy's file format."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+class TestVectors:
+    """Arrays that are not what their description says."""
+
+    @pytest.mark.parametrize(
+        "array",
+        [
+            np.array([1.0, 2.0]),
+            np.array([1, 2], dtype=np.int32),
+            np.array([[1, 2]]),
+            np.array(1),
+            np.array([True]),
+        ],
+        ids=str,
+    )
+    def test_dtype_and_axes(self, array: np.ndarray) -> None:
+        """Only one axis of 64-bit integers is an answer."""
+        with pytest.raises(WireError, match="one axis of int64"):
+            unpack_sum_answer(with_array(Array(array)))
+
+    def test_missing(self) -> None:
+        """An answer without an array is refused."""
+        with pytest.raises(WireError, match="field 'vector'"):
+            unpack_sum_answer(with_array(None))
+
+    def test_misnamed(self) -> None:
+        """An array of another name is refused."""
+        with pytest.raises(WireError, match="field 'vector'"):
+            unpack_sum_answer(with_array(Array(np.array([1])), "other"))
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"PK\x03\x04" + bytes(90),  # np.load would open a zip archive
+            npy(np.array([1, 2])),
+            npy(np.array([1, 2, 3, 4])),
+            npy(np.array([1.0, 2.0, 3.0])),
+            npy(np.array([[1, 2, 3]])),
+            npy(np.array([1, 2, 3]))[:-1],
+            npy(np.array([1, 2, 3])) + b"\x00",
+            npy(np.array([1, 2, 3])).replace(b"(3,)", b"(9,)"),
+            npy(np.array([1, 2, 3])).replace(b"(3,), ", b"(10**9"),
+            npy(np.array([None, 1, 2])),
+        ],
+    )
+    def test_bytes_differ(self, data: bytes) -> None:
+        """Bytes are compared with their description, never parsed."""
+        with pytest.raises(WireError, match="field 'vector'"):
+            unpack_sum_answer(with_array(Array("int64", (3,), "numpy.ndarray", data)))
+
+    @pytest.mark.parametrize("shape", [(-1,), (2**31 - 1,), (0,), ()])
+    def test_shape_lies(self, shape: tuple[int, ...]) -> None:
+        """A shape that the bytes do not have is refused before memory is taken for it."""
+        data = npy(np.array([1, 2, 3]))
+        with pytest.raises(WireError, match="field 'vector'"):
+            unpack_sum_answer(with_array(Array("int64", shape, "numpy.ndarray", data)))
+
+    def test_other_serialisation(self) -> None:
+        """Only numpy's own serialisation is read."""
+        data = npy(np.array([1, 2, 3]))
+        with pytest.raises(WireError, match="field 'vector'"):
+            unpack_sum_answer(with_array(Array("int64", (3,), "pickle", data)))
+
+
+class TestFuzz:
+    """Random changes of packed messages."""
+
+    @settings(max_examples=400, deadline=None)
+    @given(MESSAGES, st.data())
+    def test_bytes(self, message: Any, data: st.DataObject) -> None:
+        """A mutated message is an error that we name, or a valid message; nothing else."""
+        content = carried(pack(message))
+        raw = bytearray(recorddict_to_proto(content).SerializeToString())
+        for _ in range(data.draw(st.integers(1, 3))):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        try:
+            mutated = recorddict_from_proto(Proto.FromString(bytes(raw)))
+        except Exception:  # noqa: BLE001  # Flower refused it before us
+            return
+        try:
+            back = UNPACK[type(message).__name__](mutated)
+        except WireError:
+            return
+        assert type(back) is type(message)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.data())
+    def test_array_bytes(self, data: st.DataObject) -> None:
+        """Mutated array bytes are refused, or change numbers and nothing else."""
+        raw = bytearray(npy(ANSWER.vector))
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        array = Array("int64", (3,), "numpy.ndarray", bytes(raw))
+        try:
+            assert unpack_sum_answer(with_array(array)).vector.shape == (3,)
+        except WireError as error:
+            assert "vector" in str(error)

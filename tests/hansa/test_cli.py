@@ -1,0 +1,336 @@
+"""The `hansa` command as people and programs meet it: in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import pandas as pd
+import pytest
+
+from common.contract import contract_toml, read_contract
+from simulations.datasets import load, write_federation
+
+COMMAND = [sys.executable, "-m", "hansa.cli"]
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+SMALL = ["--preset", "smoke", "--merchants", "3", "--rounds", "2"]
+
+
+def hansa(
+    *arguments: object, cwd: Path | None = None, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run the command and check its exit code."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+        cwd=cwd,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line on stderr with which a command fails."""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("hansa: ")
+    return lines[0]
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Path:
+    """Write a federation of three merchants and two rounds."""
+    dataset = load("synthetic", preset="smoke", merchants=3)
+    write_federation(dataset, tmp_path / "federation")
+    contract = dataset.contract.revised(training={"rounds": 2})
+    (tmp_path / "federation" / "contract.toml").write_text(contract_toml(contract))
+    return tmp_path / "federation"
+
+
+class TestHelp:
+    """What a newcomer types first."""
+
+    def test_help_lists_all_commands(self) -> None:
+        """Each with a sentence."""
+        text = hansa("--help").stdout
+        for command in ("simulate", "compare", "contract", "version", "data", "merchant"):
+            assert f"\n  {command} " in text
+
+    @pytest.mark.parametrize(
+        ("command", "words"),
+        [
+            (("simulate",), ("--data", "--epsilon", "--seed", "--overwrite", "--json", "--mode")),
+            (("compare",), ("--seeds", "--epsilon", "--out")),
+            (("data",), ("list", "show", "generate")),
+            (("merchant",), ("check", "assign")),
+            (("data", "generate"), ("--epsilon", "--data-seed")),
+        ],
+        ids=str,
+    )
+    def test_every_command_has_help(self, command: tuple[str, ...], words: tuple[str, ...]) -> None:
+        """It names the options."""
+        text = hansa(*command, "--help").stdout
+        assert all(word in text for word in words)
+
+    def test_an_unknown_option_is_wrong_use(self) -> None:
+        """Exit code 2, and no traceback."""
+        assert "--nonsense" in hansa("simulate", "--nonsense", code=2).stderr
+
+    def test_the_version_is_printed(self) -> None:
+        """As installed."""
+        assert hansa("version").stdout.strip() == "0.1.0"
+
+
+class TestErrors:
+    """One clear line, no traceback, the right code."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("simulate", "--data", "nonsense"), "unknown data set 'nonsense'"),
+            (("simulate", "missing.toml", *SMALL), "missing.toml: there is no such contract"),
+            (("simulate", "--epsilon", "0", *SMALL), "privacy.epsilon"),
+            (("simulate", "--mode", "foo", *SMALL), "'distributed' or 'local', got 'foo'"),
+            (("simulate", "--data", "./missing"), "missing: holds no federation"),
+            (("simulate", "--preset", "tiny"), "unknown preset of synthetic 'tiny'"),
+            (("compare", "--epsilon", "0"), "--epsilon: expected a number above 0"),
+            (("contract", "missing.toml"), "there is no such contract file"),
+            (("data", "generate", "x", "--epsilon", "0"), "--epsilon: expected a number above 0"),
+            (("data", "show", "nonsense"), "unknown data set 'nonsense'"),
+        ],
+        ids=str,
+    )
+    def test_wrong_use_is_told_in_one_line(
+        self, tmp_path: Path, arguments: tuple[str, ...], words: str
+    ) -> None:
+        """Exit code 2, and nothing is left behind."""
+        assert words in said(hansa(*arguments, cwd=tmp_path, code=2))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_invalid_contract_is_told_by_key(self, tmp_path: Path) -> None:
+        """File, key, expected and found; a line for each finding."""
+        contract = contract_toml(load("synthetic", preset="smoke", merchants=3).contract)
+        path = tmp_path / "c.toml"
+        path.write_text(contract.replace("rounds = 60", "rounds = -1"))
+        assert "c.toml: training.rounds" in said(hansa("contract", path, code=2))
+        path.write_text("[federation\n")
+        assert "is not valid TOML" in said(hansa("simulate", path, *SMALL, code=2))
+
+    def test_a_contract_for_other_data_is_refused(self, tmp_path: Path) -> None:
+        """The message names the column."""
+        contract = contract_toml(load("synthetic", preset="smoke", merchants=3).contract)
+        (tmp_path / "c.toml").write_text(contract.replace('"gap_days"', '"shoe_size"'))
+        done = hansa("simulate", tmp_path / "c.toml", *SMALL, code=2)
+        assert "no column 'shoe_size'" in said(done)
+
+    @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+    def test_a_folder_with_something_in_it_is_kept(
+        self, tmp_path: Path, overwrite: list[str]
+    ) -> None:
+        """Also when asked to overwrite, because it is no simulation's."""
+        (tmp_path / "thesis.docx").touch()
+        done = hansa("simulate", *SMALL, "--out", tmp_path, *overwrite, code=1)
+        assert ("not overwritten" if overwrite else "--overwrite") in said(done)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+    @pytest.mark.parametrize(
+        "option", [["--epsilon", "2"], ["--seed", "0"], ["--rounds", "3"], ["--data-seed", "1"]]
+    )
+    def test_a_federations_folder_takes_no_overrides(
+        self, federation: Path, tmp_path: Path, option: list[str]
+    ) -> None:
+        """Contract and policies are its own."""
+        done = hansa("simulate", "--data", federation, *option, cwd=tmp_path, code=2)
+        assert said(done).startswith(f"hansa: {option[0]}: ")
+
+
+class TestSimulate:
+    """A whole run from the command line."""
+
+    def test_json_on_the_terminal_is_nothing_else(self, tmp_path: Path) -> None:
+        """Standard output is one document that keeps its schema; the report is there."""
+        done = hansa("simulate", *SMALL, "--seed", "3", "--out", "o", "--json", "-", cwd=tmp_path)
+        document = json.loads(done.stdout)
+        schema = json.loads((files("hansa") / "schemas" / "simulate.schema.json").read_text())
+        jsonschema.validate(document, schema)
+        assert document["seed"] == 3
+        assert any("not for release" in note for note in document["notes"])
+        assert document == json.loads((tmp_path / "o" / "result.json").read_text())
+        assert "guess" in (tmp_path / "o" / "report.html").read_text()
+        assert "Report" in done.stderr
+
+    def test_a_generated_federation_keeps_its_ledgers(self, tmp_path: Path) -> None:
+        """The second run is refused because the budget is spent, and the message says so."""
+        arguments = ("generate", "f", "--preset", "smoke", "--merchants", "3")
+        assert "3 merchants, 150 customers" in hansa("data", *arguments, cwd=tmp_path).stdout
+        hansa("simulate", "--data", "f", "--out", "one", cwd=tmp_path)
+        assert len(list(tmp_path.glob("f/merchants/*/ledger.sqlite"))) == 3
+        done = hansa("simulate", "--data", "f", "--out", "two", cwd=tmp_path, code=1)
+        assert "0 of 3 merchants take part" in done.stderr
+        assert "would bring this merchant to epsilon" in done.stderr
+        assert "its cap is 1 at delta" in done.stderr
+        assert not (tmp_path / "two" / "bundle").exists()
+        assert not (tmp_path / "two" / "report.html").exists()
+        check = ("merchant", "check", "f/merchants/merchant-0001/merchant.toml")
+        checked = hansa(*check, "--contract", "f/contract.toml", cwd=tmp_path, code=1)
+        assert "your ledger refuses this contract" in checked.stdout
+
+    def test_ctrl_c_ends_a_run_without_a_trace(self, tmp_path: Path) -> None:
+        """Exit code 130, one word, no bundle and no report."""
+        arguments = ["--preset", "small", "--rounds", "5000", "--epsilon", "50", "--out", "o"]
+        process = subprocess.Popen(
+            [*COMMAND, "simulate", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+        )
+        try:
+            contract = tmp_path / "o" / "contract.toml"
+            end = time.monotonic() + 60
+            while not contract.exists() and time.monotonic() < end:
+                time.sleep(0.05)
+            time.sleep(1.0)  # some rounds later
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert process.returncode == 130
+        assert "Traceback" not in told
+        assert told.strip().endswith("hansa: interrupted")
+        assert not (tmp_path / "o" / "bundle").exists()
+        assert not (tmp_path / "o" / "report.html").exists()
+        assert not (tmp_path / "o" / "result.json").exists()
+
+    @pytest.mark.slow
+    def test_an_earlier_simulation_is_overwritten_when_asked(self, tmp_path: Path) -> None:
+        """The second run's files are its own."""
+        for extra in ((), ("--overwrite",)):
+            hansa("simulate", *SMALL, "--out", "o", *extra, "--json", "r.json", cwd=tmp_path)
+        document = json.loads((tmp_path / "r.json").read_text())
+        told = json.loads((tmp_path / "o" / "bundle" / "privacy.json").read_text())
+        assert told["run"] == document["run"]
+
+    @pytest.mark.slow
+    def test_a_contract_file_is_followed(self, tmp_path: Path) -> None:
+        """Its delta and rounds, for the merchants of the data set."""
+        contract = load("synthetic", preset="smoke", merchants=3).contract
+        contract = contract.revised(training={"rounds": 2}, privacy={"delta": 1e-4})
+        (tmp_path / "c.toml").write_text(contract_toml(contract))
+        arguments = ("--preset", "smoke", "--merchants", "4", "--out", "o", "--json", "-")
+        document = json.loads(hansa("simulate", "c.toml", *arguments, cwd=tmp_path).stdout)
+        assert (document["delta"], document["rounds"]) == (1e-4, 2)
+        assert read_contract(tmp_path / "o/bundle/contract.toml").federation.min_merchants == 4
+
+
+class TestCompare:
+    """The comparison from the command line."""
+
+    def test_json_and_page(self, tmp_path: Path) -> None:
+        """The document keeps its schema; page and picture are written."""
+        contract = load("synthetic", preset="smoke", merchants=3).contract
+        (tmp_path / "c.toml").write_text(contract_toml(contract.revised(training={"rounds": 2})))
+        arguments = ("--preset", "smoke", "--merchants", "3", "--seeds", "1", "--out", "o")
+        done = hansa("compare", "c.toml", *arguments, "--json", "-", cwd=tmp_path)
+        schema = json.loads((files("hansa") / "schemas" / "compare.schema.json").read_text())
+        jsonschema.validate(json.loads(done.stdout), schema)
+        assert (tmp_path / "o" / "comparison.html").is_file()
+        assert (tmp_path / "o" / "comparison.png").is_file()
+
+
+class TestData:
+    """The built-in data sets."""
+
+    def test_the_list_names_every_set_and_what_it_needs(self) -> None:
+        """Names are whole, and so is what has to be installed."""
+        text = hansa("data", "list").stdout
+        for part in ("complete-journey", "cdnow", "synthetic", "hansa[data]"):
+            assert part in text
+
+    def test_one_set_is_shown_with_its_features(self) -> None:
+        """Merchants, customers, segments, provenance and bounds."""
+        text = hansa("data", "show", "synthetic", "--preset", "smoke").stdout
+        for part in ("20 merchants, 1,000 customers", "provenance disputed", "gap_days", "gone"):
+            assert part in text
+
+    def test_a_federation_is_not_written_over(self, federation: Path) -> None:
+        """A folder with something in it is refused."""
+        done = hansa("data", "generate", federation, "--preset", "smoke", code=2)
+        assert "already exists and is not an empty folder" in said(done)
+
+
+class TestContract:
+    """A contract before anybody signs it."""
+
+    def test_it_tells_hash_releases_and_cost(self, federation: Path) -> None:
+        """All that a member wants to know."""
+        text = hansa("contract", federation / "contract.toml").stdout
+        assert read_contract(federation / "contract.toml").sha256 in text
+        for part in ("valid", "census", "update", "profile", "Everything together: epsilon 1"):
+            assert part in text
+
+
+class TestMerchant:
+    """What a merchant does on its own."""
+
+    def test_a_good_table_is_counted(self, federation: Path) -> None:
+        """Customers, segments, held out, and what a run costs."""
+        file = federation / "merchants" / "merchant-0000" / "merchant.toml"
+        text = hansa("merchant", "check", file, "--contract", federation / "contract.toml").stdout
+        assert "50 customers, 50 with a segment" in text
+        assert "costs epsilon 1 at delta" in text
+        assert not (file.parent / "ledger.sqlite").exists()
+
+    def test_a_bad_table_is_told_by_row_and_column(self, federation: Path) -> None:
+        """Without the cell's value, and with exit code 2."""
+        folder = federation / "merchants" / "merchant-0000"
+        table = pd.read_parquet(folder / "customers.parquet")
+        table["spend"] = table["spend"].astype(str)
+        table.loc[7, "spend"] = "secret-4711"
+        table.to_parquet(folder / "customers.parquet")
+        check = ("merchant", "check", folder / "merchant.toml")
+        line = said(hansa(*check, "--contract", federation / "contract.toml", code=2))
+        assert "row 8" in line
+        assert "column 'spend'" in line
+        assert "4711" not in line
+
+    @pytest.mark.parametrize(
+        ("found", "put", "words"),
+        [
+            ("epsilon = 1.0", "epsilon = 0.5", "your policy refuses this contract: at your delta"),
+            ("sums = true", "sums = false", "its sums are not masked"),
+        ],
+    )
+    def test_a_policy_that_would_refuse_fails_the_check(
+        self, federation: Path, found: str, put: str, words: str
+    ) -> None:
+        """Exit code 1, so that a script notices."""
+        file = federation / "merchants" / "merchant-0000" / "merchant.toml"
+        file.write_text(file.read_text().replace(found, put))
+        check = ("merchant", "check", file, "--contract", federation / "contract.toml")
+        assert words in hansa(*check, code=1).stdout
+
+    def test_a_published_model_assigns_customers(self, federation: Path, tmp_path: Path) -> None:
+        """Two files for their owner; a bundle that was changed is refused."""
+        hansa("simulate", "--data", federation, "--out", "o", cwd=tmp_path)
+        file = federation / "merchants" / "merchant-0001" / "merchant.toml"
+        hansa("merchant", "assign", "o/bundle", file, "--out", "mine", cwd=tmp_path)
+        ours = pd.read_parquet(tmp_path / "mine" / "assignments.parquet")
+        theirs = pd.read_parquet(tmp_path / "o/merchants/merchant-0001/assignments.parquet")
+        pd.testing.assert_frame_equal(ours, theirs)
+        with (tmp_path / "o/bundle/model.safetensors").open("ab") as model:
+            model.write(b"x")
+        done = hansa("merchant", "assign", "o/bundle", file, "--out", "m", cwd=tmp_path, code=1)
+        assert "was changed after the bundle was written" in said(done)

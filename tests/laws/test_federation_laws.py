@@ -1,0 +1,138 @@
+"""Laws over the whole way of the data, on random federations (hypothesis)."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clients.release import noisy_sum
+from clients.training import clipped_gradient_sum
+from clients.training_opacus import clipped_gradient_sum_opacus
+from clients.worker import confusion_counts, profile_sums
+from common.accounting import epsilon
+from common.events import GaussianSum
+from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, to_lattice
+from common.network import Network
+from common.noise import NoiseSource
+
+networks = st.builds(
+    Network,
+    st.lists(st.integers(1, 8), min_size=2, max_size=4).map(tuple),
+    st.sampled_from(["relu", "tanh"]),
+)
+seeds = st.integers(0, 2**32)
+clip_norms = st.floats(1e-3, 1e3)
+scales = st.sampled_from([0.0, 1e-6, 1.0, 100.0, 9e5])
+
+
+def problem(network: Network, rows: int, seed: int, scale: float) -> tuple[np.ndarray, ...]:
+    """Return parameters, inputs and labels."""
+    generator = np.random.default_rng(seed)
+    return (
+        generator.uniform(-scale, scale, network.size),
+        generator.uniform(-1, 1, (rows, network.dims[0])),
+        generator.integers(0, network.dims[-1], rows),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(networks, st.integers(1, 30), seeds, clip_norms, scales)
+def test_rounded_gradient_sums_of_neighbours(
+    network: Network, rows: int, seed: int, clip_norm: float, scale: float
+) -> None:
+    """Neighbouring tables differ, rounded to the lattice, by the lattice's sensitivity at most."""
+    theta, x, y = problem(network, rows, seed, scale)
+    step, gone = lattice_step(clip_norm), seed % rows
+    whole = to_lattice(clipped_gradient_sum(network, theta, x, y, clip_norm), step)
+    fewer = (np.delete(x, gone, axis=0), np.delete(y, gone))
+    without = to_lattice(clipped_gradient_sum(network, theta, *fewer, clip_norm), step)
+    moved = np.linalg.norm(from_lattice(whole - without, step))
+    assert moved <= lattice_sensitivity(clip_norm, network.size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(networks, st.integers(1, 30), seeds, scales)
+def test_counts_and_profiles_of_neighbours(
+    network: Network, rows: int, seed: int, scale: float
+) -> None:
+    """One customer moves confusion counts and profile sums by at most one."""
+    theta, x, y = problem(network, rows, seed, scale)
+    segments, gone = network.dims[-1], seed % rows
+    kept = np.arange(rows) != gone
+    guess, fewer = network.predictions(theta, x), network.predictions(theta, x[kept])
+    counts = confusion_counts(y, guess, segments) - confusion_counts(y[kept], fewer, segments)
+    assert np.linalg.norm(counts) == 1.0
+    profiles = profile_sums(x, guess, segments) - profile_sums(x[kept], fewer, segments)
+    assert np.linalg.norm(profiles) <= 1.0 + 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(networks, st.integers(0, 30), seeds, clip_norms, st.sampled_from([1e-3, 1.0, 10.0]))
+def test_kernel_is_opacus(
+    network: Network, rows: int, seed: int, clip_norm: float, scale: float
+) -> None:
+    """On any network and table the kernel's sum is Opacus' to 1e-12 a customer."""
+    arguments = (network, *problem(network, rows, seed, scale), clip_norm)
+    np.testing.assert_allclose(
+        clipped_gradient_sum(*arguments),
+        clipped_gradient_sum_opacus(*arguments),
+        rtol=1e-10,
+        atol=1e-12 * clip_norm * max(rows, 1),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(networks, st.lists(st.integers(0, 12), min_size=1, max_size=5), seeds)
+def test_merchants_add_up_to_the_union(network: Network, sizes: list[int], seed: int) -> None:
+    """The sum of merchants' parts is the pooled customers' sum plus the sum of their noise."""
+    theta, x, y = problem(network, sum(sizes), seed, 1.0)
+    ends = np.cumsum(sizes)
+    step = lattice_step(1.0)
+    settings_ = {"sensitivity": 1.0, "noise_multiplier": 2.0, "contributors": len(sizes)}
+    total = np.zeros(network.size, dtype=np.int64)
+    noise = np.zeros(network.size, dtype=np.int64)
+    for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        part = slice(end - size, end)
+        exact = clipped_gradient_sum(network, theta, x[part].copy(), y[part].copy(), 1.0)
+        for target, values in ((total, exact), (noise, np.zeros(network.size))):
+            source = NoiseSource.seeded(seed, number)
+            target += noisy_sum(values, noise=source, **settings_)  # type: ignore[arg-type]
+    pooled = clipped_gradient_sum(network, theta, x, y, 1.0)
+    error = np.abs(from_lattice(total - noise, step) - pooled)
+    assert np.all(error <= 0.51 * step * len(sizes))
+
+
+@settings(max_examples=60, deadline=None)
+@given(networks, st.integers(1, 20), seeds)
+def test_order_of_customers_does_not_matter(network: Network, rows: int, seed: int) -> None:
+    """A shuffled table gives the same sum, up to rounding far below one lattice step."""
+    theta, x, y = problem(network, rows, seed, 10.0)
+    order = np.random.default_rng(seed).permutation(rows)
+    one = clipped_gradient_sum(network, theta, x, y, 1.0)
+    other = clipped_gradient_sum(network, theta, x[order], y[order], 1.0)
+    np.testing.assert_allclose(one, other, atol=1e-3 * lattice_step(1.0))
+
+
+@given(st.floats(0.5, 50), st.integers(1, 100), st.integers(1, 100))
+def test_splitting_noise_over_events_is_neutral(sigma: float, one: int, other: int) -> None:
+    """k events at sqrt(k) times the noise cost what a single one costs."""
+    single = epsilon([GaussianSum(sigma, 1.0)], 1e-5)
+    many = epsilon(
+        [GaussianSum(sigma * (one + other) ** 0.5, 1.0, count) for count in (one, other)], 1e-5
+    )
+    assert many == pytest.approx(single, rel=1e-9)
+
+
+def test_opacus_engine_on_the_edge_of_a_relu() -> None:
+    """With engine 'opacus' too, rounding must not decide what everybody else contributes."""
+    network, worst = Network((5, 1, 2)), 0.0
+    for seed in range(40):
+        theta, x, _ = problem(network, 1, seed, 1.0)
+        layers = network.layers(theta)
+        layers[0][:, -1] = -(x[:1] @ layers[0][:, :-1].T)[0]
+        layers[-1][:] *= 100
+        x, y = np.tile(x, (33, 1)), np.zeros(33, dtype=np.int64)
+        whole = clipped_gradient_sum_opacus(network, theta, x, y, 1.0)
+        without = clipped_gradient_sum_opacus(network, theta, x[1:].copy(), y[1:], 1.0)
+        worst = max(worst, float(np.linalg.norm(whole - without)))
+    assert worst <= 1.0 + 1e-9

@@ -1,0 +1,111 @@
+"""Merchants of a simulation: assembled in memory, or opened from a folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from common.errors import ContractError, DataError, PolicyError
+from simulations.datasets import Dataset, load, write_federation
+from simulations.federation import (
+    assemble,
+    open_federation,
+    public_delta,
+    tables_of,
+    training_customers,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Generate three merchants."""
+    return load("synthetic", preset="smoke", merchants=3)
+
+
+@pytest.fixture
+def folder(dataset: Dataset, tmp_path: Path) -> Path:
+    """Write the merchants as a federation."""
+    write_federation(dataset, tmp_path / "federation")
+    return tmp_path / "federation"
+
+
+def test_every_merchants_cap_is_the_contracts_epsilon(dataset: Dataset, tmp_path: Path) -> None:
+    """Ledgers are new and lie in a folder of their own."""
+    contract = dataset.contract.revised(privacy={"epsilon": 3.0})
+    federation = assemble(dataset, contract, tmp_path, None)
+    assert [member.merchant for member in federation.members] == list(dataset.merchants)
+    for member in federation.members:
+        assert member.worker.ledger.budget.epsilon == 3.0
+        assert (tmp_path / member.merchant / "ledger.sqlite").is_file()
+
+
+def test_a_folder_gives_the_same_tables(dataset: Dataset, folder: Path) -> None:
+    """Written and read back, customers and split are the same."""
+    expected = tables_of(dataset, dataset.contract)
+    for member in open_federation(folder).members:
+        table = expected[member.merchant]
+        assert list(member.table.customer_ids) == list(table.customer_ids)
+        assert (member.table.held_out == table.held_out).all()
+        assert (member.table.labels == table.labels).all()
+
+
+def test_a_seed_in_any_merchants_file_marks_the_federation(folder: Path) -> None:
+    """One repeatable merchant is enough."""
+    assert open_federation(folder).seed is None
+    file = folder / "merchants" / "merchant-0001" / "merchant.toml"
+    file.write_text(file.read_text() + "\n[simulation]\nseed = 5\n")
+    assert open_federation(folder).seed == 5
+
+
+@pytest.mark.parametrize("missing", ["contract.toml", "merchants"])
+def test_a_folder_without_a_federation_is_refused(folder: Path, missing: str) -> None:
+    """The message says what is expected."""
+    path = folder / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(DataError, match=r"holds no federation; expected contract\.toml and"):
+        open_federation(folder)
+
+
+def test_two_merchants_with_one_id_are_refused(folder: Path) -> None:
+    """Their assignments would overwrite each other."""
+    file = folder / "merchants" / "merchant-0001" / "merchant.toml"
+    file.write_text(file.read_text().replace("merchant-0001", "merchant-0000"))
+    with pytest.raises(DataError, match="merchant-0000"):
+        open_federation(folder)
+
+
+def test_a_broken_file_of_a_merchant_is_named(folder: Path) -> None:
+    """Whatever is wrong, the message says in which file."""
+    file = folder / "merchants" / "merchant-0002" / "merchant.toml"
+    file.write_text(file.read_text().replace("epsilon = 1.0", "epsilon = 0.0"))
+    with pytest.raises(PolicyError, match=r"merchant-0002/merchant\.toml: policy\.epsilon"):
+        open_federation(folder)
+
+
+def test_a_broken_contract_is_named(folder: Path) -> None:
+    """Nothing is opened."""
+    (folder / "contract.toml").write_text("[federation")
+    with pytest.raises(ContractError, match=r"contract\.toml: is not valid TOML"):
+        open_federation(folder)
+
+
+def test_training_customers_are_labelled_and_not_held_out(dataset: Dataset) -> None:
+    """About three quarters of all."""
+    tables = list(tables_of(dataset, dataset.contract).values())
+    count = training_customers(tables)
+    assert count == sum(
+        1
+        for table in tables
+        for held, label in zip(table.held_out, table.labels, strict=True)
+        if not held and label >= 0
+    )
+    assert 0.6 < count / dataset.customers < 0.9
+
+
+@pytest.mark.parametrize(
+    ("customers", "delta"),
+    [(10_000, 10_000**-1.1), (2, 0.01), (0, 0.01), (10**9, 1e9**-1.1)],
+)
+def test_public_delta(customers: int, delta: float) -> None:
+    """1 / N^1.1, at most a hundredth."""
+    assert public_delta(customers) == pytest.approx(delta)
