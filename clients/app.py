@@ -61,7 +61,7 @@ def _nothing_told() -> Iterator[None]:
 
 def worker_of_node(context: Context) -> Worker:
     """Return the worker of the merchant that this node speaks for."""
-    return _worker(merchant_file(context))
+    return _worker(merchant_file(context), simulated="merchant" not in context.node_config)
 
 
 def merchant_file(context: Context) -> Path:
@@ -92,10 +92,15 @@ def merchant_file(context: Context) -> Path:
 
 
 @lru_cache(maxsize=256)
-def _worker(path: Path) -> Worker:
+def _worker(path: Path, *, simulated: bool) -> Worker:
     from clients.joining import open_worker
 
-    return open_worker(path).worker
+    opened = open_worker(path)
+    if opened.seed is not None and not simulated:
+        raise PolicyError(
+            f"{path}: simulation.seed makes the noise guessable; remove it to take part in a run"
+        )
+    return opened.worker
 
 
 app = create_app(worker_of_node)

@@ -86,8 +86,17 @@ class Columns(Section):
 class Policy(Section):
     """The most that this merchant spends on the privacy of one of its customers, for ever."""
 
-    epsilon: float = Field(gt=0, le=100, strict=True, description="Cap on epsilon.")
+    epsilon: float = Field(
+        gt=0, le=100, strict=True, description="Cap on epsilon towards whoever sees sums."
+    )
     delta: float = Field(gt=0, le=0.01, strict=True, description="The delta of that cap.")
+    epsilon_towards_server: float | None = Field(
+        None,
+        gt=0,
+        strict=True,
+        description="Cap on epsilon towards whoever runs the coordinator and sees this merchant's "
+        "single messages. Default: no cap beyond `accept_unmasked_sums`.",
+    )
     accept_unmasked_sums: bool = Field(
         False, strict=True, description="Take part although the coordinator sees unmasked sums."
     )

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from common.errors import DataError
-from common.fixed_point import BLOCK_ROWS, MAX_SUMMANDS
+from common.fixed_point import BLOCK_ROWS
 from common.network import Network, row_by_row, softmax
 from common.noise import NoiseSource
 
@@ -41,8 +40,10 @@ def clipped_gradient_sum(
 ) -> Float[np.ndarray, " P"]:
     """Sum each customer's cross-entropy gradient, clipped to L2 norm `clip_norm`.
 
-    Guarantee: one customer moves the result by at most `clip_norm` in L2 (the clipping factor
-    is Opacus' `min(1, C / (norm + 1e-6))`). No customers give the zero vector.
+    Guarantee: one customer moves the exact sum by at most `clip_norm` in L2 (the clipping factor
+    is Opacus' `min(1, C / (norm + 1e-6))`), and the computed one by no more than
+    `common.fixed_point.lattice_sensitivity` allows for, whatever the parameters. No customers
+    give the zero vector.
 
     Args:
         network: Shape of the model.
@@ -50,15 +51,7 @@ def clipped_gradient_sum(
         x: Model inputs, one customer a row.
         y: Segment ids.
         clip_norm: L2 bound C, in the unit of the gradient.
-
-    Raises:
-        DataError: More customers than the proof of the sensitivity covers.
     """
-    if len(x) > MAX_SUMMANDS:
-        raise DataError(
-            f"{len(x):,} training customers are more than the {MAX_SUMMANDS:,} that the bound on "
-            "summation error covers; divide them over several merchants"
-        )
     total = np.zeros(network.size)
     sums = [torch.from_numpy(layer) for layer in network.layers(total)]
     weights = network.layers(theta)

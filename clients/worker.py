@@ -6,6 +6,7 @@ else: clip norm, noise, rounds and stages come from the contract that this merch
 cap from its own policy.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,14 +17,25 @@ from jaxtyping import Float, Int
 from clients.release import noisy_sum
 from clients.training import GradientSum, clipped_gradient_sum, sampled
 from common.contract import Contract
-from common.errors import BudgetRefusal, HansaError, LedgerError, WireError
-from common.fixed_point import from_lattice, lattice_step, to_lattice
-from common.ledger import Ledger, Occasion
+from common.errors import (
+    BudgetRefusal,
+    DataError,
+    HansaError,
+    LedgerError,
+    ReplayRefusal,
+    WireError,
+)
+from common.fixed_point import MAX_SUMMANDS, from_lattice, lattice_step, to_lattice
+from common.ledger import Budget, Ledger, Occasion
 from common.models import validate_for_privacy
 from common.network import network_of
 from common.noise import NoiseSource
 from common.plan import CENSUS, EVALUATION, LOCAL_STEP, PROFILE, UPDATE, Release, plan_of
 from common.wire import Attest, Attested, SumAnswer, SumRequest
+
+logger = logging.getLogger("hansa.merchant")
+
+_MAX_PARAMETER = 1e6  # of a model that is accepted, and of one that is sent
 
 NoiseFor = Callable[[str, int, int], NoiseSource]  # (stage, round, attempt) -> stream of its own
 
@@ -65,6 +77,7 @@ class Worker:
 
     Raises:
         ContractError: Opacus finds that the model cannot be trained privately.
+        DataError: There are more customers than the proof of the sensitivity covers.
     """
 
     def __init__(
@@ -84,12 +97,18 @@ class Worker:
         self._noise_for = noise_for
         self._repeatable = noise_for is not os_noise
         self._plan = plan_of(contract)
+        self._run_limit = Budget(contract.privacy.epsilon, contract.privacy.delta)
         self._network = network_of(contract)
         self._train = customers.part(held_out=False)
         self._test = customers.part(held_out=True)
         self._everyone = customers.inputs
         self._gradient_sum = _engine(contract)
         self._contract_sha256 = contract.sha256
+        if len(customers.labels) > MAX_SUMMANDS:
+            raise DataError(
+                f"{len(customers.labels):,} customers are more than the {MAX_SUMMANDS:,} that the "
+                "bound on summation error covers; divide them over several merchants"
+            )
         validate_for_privacy(self._network)
         torch.set_num_threads(1)  # small batches are slower, and not repeatable, with more
 
@@ -102,9 +121,12 @@ class Worker:
                     "this contract sums without secure aggregation and the merchant's policy "
                     "does not accept that (accept_unmasked_sums = false)"
                 )
-            self.ledger.check_affordable(self._plan.events())
+            contributors = self.contract.noise_contributors
+            self.ledger.check_affordable(
+                self._plan.events(), self._plan.events_towards_server(contributors)
+            )
         except HansaError as refusal:
-            return Attested(self.merchant, str(refusal), self._repeatable)
+            return Attested(self.merchant, _told(refusal), self._repeatable)
         return Attested(self.merchant, "", self._repeatable)
 
     def answer(self, request: SumRequest) -> SumAnswer:
@@ -117,9 +139,10 @@ class Worker:
                 ),
                 release.event,
                 release.towards_server(self.contract.noise_contributors),
+                self._run_limit,
             )
         except (WireError, LedgerError) as refusal:
-            return SumAnswer(self.merchant, str(refusal), np.zeros(0, dtype=np.int64))
+            return SumAnswer(self.merchant, _told(refusal), np.zeros(0, dtype=np.int64))
         noise = self._noise_for(request.stage, request.round, request.attempt)
         if request.stage == UPDATE and self.contract.training.mode == "local":
             vector = self._local_update(release, request, noise)
@@ -139,7 +162,7 @@ class Worker:
         if request.round > rounds:
             raise WireError(f"field 'round': the contract ends after {rounds} rounds")
         theta = request.parameters
-        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) < 1e6):
+        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) <= _MAX_PARAMETER):
             raise WireError(
                 f"field 'vector': expected {self._network.size} finite model parameters"
             )
@@ -200,9 +223,19 @@ class Worker:
             exact = self._gradient_sum(self._network, theta, x, y, clip_norm)
             gradient = from_lattice(self._noisy(release, exact, noise), lattice_step(clip_norm))
             pull = training.proximal * (theta - start)
-            theta = theta - training.local_learning_rate * (gradient / batch + pull)
-        limit = 2.0**20  # keeps every sum of updates inside int64
-        return to_lattice(np.clip(theta - start, -limit, limit), LOCAL_STEP)
+            with np.errstate(over="ignore", invalid="ignore"):
+                theta = theta - training.local_learning_rate * (gradient / batch + pull)
+            # whether this merchant answers must not depend on its customers: never diverge
+            theta = np.clip(np.nan_to_num(theta), -_MAX_PARAMETER, _MAX_PARAMETER)
+        return to_lattice(theta - start, LOCAL_STEP)
+
+
+def _told(refusal: HansaError) -> str:
+    """Return what the coordinator may read of a refusal: no path, nothing of this machine."""
+    if isinstance(refusal, LedgerError) and not isinstance(refusal, BudgetRefusal | ReplayRefusal):
+        logger.error("%s", refusal)
+        return "the merchant's ledger cannot be used; its own log says why"
+    return str(refusal)
 
 
 def _engine(contract: Contract) -> GradientSum:

@@ -101,6 +101,23 @@ def mu_for(eps: float, delta: float) -> float:
     return low
 
 
+def person_table(eps: float, delta: float) -> list[tuple[float, float, float]]:
+    """Return (k, epsilon with shared noise, epsilon with own noise) for a person at k merchants.
+
+    Each merchant protects the person's row with (eps, delta). With one shared secure sum the
+    person moves the same sum k times over: mu grows k-fold. With noise of its own at every
+    merchant the k Gaussian mechanisms compose: mu grows by the root of k.
+
+    >>> [tuple(round(value, 1) for value in row) for row in person_table(1.0, 1e-4)]
+    [(2.5, 2.9, 1.7), (5.0, 6.6, 2.5), (12.0, 20.4, 4.2)]
+    """
+    mu = mu_for(eps, delta)
+    return [
+        (k, gaussian_epsilon(k * mu, delta), gaussian_epsilon(math.sqrt(k) * mu, delta))
+        for k in (2.5, 5.0, 12.0)
+    ]
+
+
 def sampled_noise_multiplier(
     target: float, delta: float, sampling_rate: float, steps: int, others: tuple[Event, ...]
 ) -> float:

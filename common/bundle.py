@@ -76,7 +76,7 @@ def write_bundle(folder: Path, files: Mapping[str, bytes], key: Ed25519PrivateKe
 
 
 def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=2, sort_keys=True).encode()
+    return json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def _swap(partial: Path, folder: Path) -> None:

@@ -59,7 +59,10 @@ class Federation(Section):
     name: Name = Field(description="What the members call this federation.")
     version: int = Field(1, ge=1, description="Raised with every change of the contract.")
     min_merchants: int = Field(
-        2, ge=1, description="The run does not start with fewer merchants than this."
+        2,
+        ge=1,
+        description="Merchants that the federation counts on; `min_survivors` of them are enough "
+        "for a run to start and for every sum.",
     )
     round_timeout_s: Positive = Field(
         60.0, description="Seconds after which a silent merchant counts as dropped out of a stage."
@@ -278,6 +281,8 @@ class Training(Section):
                 raise ValueError("mode 'distributed' takes all customers: sampling_rate must be 1")
             if self.local_steps != 1 or self.proximal != 0.0:
                 raise ValueError("local_steps and proximal belong to mode 'local'")
+        if self.local_learning_rate * self.proximal >= 1:
+            raise ValueError("local_learning_rate * proximal must be below 1, or steps diverge")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum belongs to optimizer 'sgd'")
         return self
@@ -310,10 +315,12 @@ class Privacy(Section):
     """The whole run's promise: (epsilon, delta) for one customer of one merchant."""
 
     epsilon: float = Field(
-        gt=0, le=100, description="The composition of every release of the run stays below this."
+        gt=0,
+        le=100,
+        description="No merchant releases more than this in one run, all releases composed.",
     )
     delta: float = Field(
-        gt=0,
+        ge=1e-12,
         le=0.01,
         description="Chance that the bound does not hold; well below 1 / customers.",
     )
@@ -411,16 +418,16 @@ class Contract(Section):
         )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def revised(self, **sections: dict[str, Any]) -> "Contract":
+    def revised(self, source: str = "revised contract", **sections: dict[str, Any]) -> "Contract":
         """Return a validated copy with some keys of some sections replaced.
 
         Raises:
-            ContractError: The result would not be a valid contract.
+            ContractError: The result would not be a valid contract; `source` starts the message.
         """
         document = self.model_dump(mode="json")
         for section, changes in sections.items():
             document[section] = {**document[section], **changes}
-        return parse_contract(document, source="revised contract")
+        return parse_contract(document, source=source)
 
 
 def read_contract(path: Path) -> Contract:

@@ -6,7 +6,8 @@
     ├── DataError         a customer table, or a built-in data set, cannot be used
     ├── WireError         a message is not what the protocol says
     ├── LedgerError       the ledger cannot be read or written
-    │   └── BudgetRefusal a charge would pass the merchant's cap
+    │   ├── BudgetRefusal a charge would pass the merchant's cap
+    │   └── ReplayRefusal a release was asked for a second time
     ├── AccountingError   an epsilon or a noise multiplier cannot be given safely
     ├── RunError          a federated run cannot start or go on
     └── BundleError       a published bundle is incomplete or was changed
@@ -42,6 +43,10 @@ class LedgerError(HansaError):
 
 class BudgetRefusal(LedgerError):
     """A charge would pass the merchant's cap."""
+
+
+class ReplayRefusal(LedgerError):
+    """A release was asked for a second time."""
 
 
 class AccountingError(HansaError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.accounting import epsilon
-from common.errors import AccountingError, BudgetRefusal, LedgerError
+from common.errors import AccountingError, BudgetRefusal, LedgerError, ReplayRefusal
 from common.events import Event, from_document, merged, to_document
 
 _SCHEMA = """
@@ -51,10 +51,13 @@ CREATE TRIGGER IF NOT EXISTS no_replace BEFORE INSERT ON entry
 
 @dataclass(frozen=True)
 class Budget:
-    """The merchant's cap over all runs, from its own policy file."""
+    """A cap on everything charged: the merchant's over all runs, or a contract's over one."""
 
-    epsilon: float
+    epsilon: float  # towards whoever sees sums
     delta: float
+    towards_server: float | None = (
+        None  # epsilon towards whoever sees single messages; None: no cap
+    )
 
 
 @dataclass(frozen=True)
@@ -101,45 +104,77 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             raise LedgerError(f"{path}: cannot be opened as a ledger ({error})") from None
         self._connection: sqlite3.Connection | None = None
-        self._charged: list[Event] = []
+        self._totals: dict[tuple[str, str], tuple[Event, ...]] = {}
         self._seen = 0
 
-    def charge(self, occasion: Occasion, event: Event, towards_server: Event) -> None:
+    def charge(
+        self,
+        occasion: Occasion,
+        event: Event,
+        towards_server: Event,
+        run_limit: Budget | None = None,
+    ) -> None:
         """Pay for one release, before it is computed.
 
+        Args:
+            occasion: What the release is for.
+            event: The release towards whoever sees sums.
+            towards_server: The release towards whoever sees this merchant's single message.
+            run_limit: What the contract allows for the whole run, if that is to be held.
+
         Raises:
-            BudgetRefusal: The cap would be passed; the refusal is written down.
-            LedgerError: The occasion was charged before, or the file cannot be written.
+            BudgetRefusal: The merchant's cap or the run's limit would be passed; the refusal is
+                written down.
+            ReplayRefusal: The occasion was charged before.
+            LedgerError: The file cannot be written.
         """
         with self._transaction() as connection:
-            spent = epsilon((*self._events(connection), event), self.budget.delta)
-            refused = spent > self.budget.epsilon * (1 + 1e-9)
-            reason = (
-                f"would reach epsilon {spent:.4g}, the merchant's cap is {self.budget.epsilon:.4g} "
-                f"at delta {self.budget.delta:.3g}"
-            )
-            kind = "refusal" if refused else "charge"
+            self._read_new(connection)
+            reason = self._over_cap((event,), (towards_server,))
+            if not reason and run_limit is not None:
+                after = epsilon((*self._total("run", occasion.run), event), run_limit.delta)
+                if _above(after, run_limit.epsilon):
+                    reason = (
+                        f"would bring this run to epsilon {after:.4g}, its contract allows "
+                        f"{run_limit.epsilon:.4g} at delta {run_limit.delta:.3g}"
+                    )
+            kind = "refusal" if reason else "charge"
             try:
-                self._append(
-                    connection, kind, occasion, event, towards_server, reason if refused else ""
-                )
+                self._append(connection, kind, occasion, event, towards_server, reason)
             except sqlite3.IntegrityError:
-                raise LedgerError(
+                raise ReplayRefusal(
                     f"{occasion.stage} of round {occasion.round}, attempt {occasion.attempt}, was "
                     "released before in this run; a second release needs an attempt of its own"
                 ) from None
-        if refused:
+        if reason:
             raise BudgetRefusal(f"{occasion.stage} of round {occasion.round} {reason}")
 
-    def check_affordable(self, events: Sequence[Event]) -> None:
-        """Raise a `BudgetRefusal` if these further events together would pass the cap."""
+    def check_affordable(
+        self, events: Sequence[Event], towards_server: Sequence[Event] = ()
+    ) -> None:
+        """Raise a `BudgetRefusal` if these further releases together would pass the cap."""
         with self._transaction() as connection:
-            after = epsilon((*self._events(connection), *events), self.budget.delta)
-        if after > self.budget.epsilon * (1 + 1e-9):
-            raise BudgetRefusal(
-                f"the run would bring this merchant to epsilon {after:.4g}, its cap is "
-                f"{self.budget.epsilon:.4g} at delta {self.budget.delta:.3g}"
-            )
+            self._read_new(connection)
+            reason = self._over_cap(events, towards_server)
+        if reason:
+            raise BudgetRefusal(f"the run {reason}")
+
+    def _over_cap(self, events: Sequence[Event], towards_server: Sequence[Event]) -> str:
+        """Return why the merchant's cap does not allow these releases, or nothing."""
+        budget = self.budget
+        for column, new, cap, whom in (
+            ("event", events, budget.epsilon, ""),
+            ("towards_server", towards_server, budget.towards_server, " towards the server"),
+        ):
+            if cap is None:
+                continue
+            after = epsilon((*self._total(column), *new), budget.delta)
+            if _above(after, cap):
+                return (
+                    f"would bring this merchant to epsilon {after:.4g}{whom}, its cap is {cap:.4g} "
+                    f"at delta {budget.delta:.3g}"
+                )
+        return ""
 
     def entries(self, run: str | None = None) -> list[Entry]:
         """Return all entries in order, of one run if it is named."""
@@ -167,17 +202,24 @@ class Ledger:
             self._connection.close()
             self._connection = None
 
-    def _events(self, connection: sqlite3.Connection) -> list[Event]:
-        """Return everything charged so far, alike events merged; reads only what is new."""
+    def _total(self, column: str, run: str = "") -> tuple[Event, ...]:
+        return self._totals.get((column, run), ())
+
+    def _read_new(self, connection: sqlite3.Connection) -> None:
+        """Add what was charged since the last look, by any process, to the totals."""
         rows = connection.execute(
-            "SELECT seq, event FROM entry WHERE kind = 'charge' AND seq > ? ORDER BY seq",
+            "SELECT seq, run, event, towards_server FROM entry "
+            "WHERE kind = 'charge' AND seq > ? ORDER BY seq",
             (self._seen,),
         ).fetchall()
-        if rows:
-            new = [self._event(event) for _, event in rows]
-            self._charged = list(merged([*self._charged, *new]))
-            self._seen = rows[-1][0]
-        return self._charged
+        for seq, run, event, towards_server in rows:
+            for key, text in (
+                (("event", ""), event),
+                (("run", run), event),
+                (("towards_server", ""), towards_server),
+            ):
+                self._totals[key] = merged([*self._totals.get(key, ()), self._event(text)])
+            self._seen = seq
 
     def _event(self, text: str) -> Event:
         try:
@@ -237,3 +279,8 @@ class Ledger:
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+
+
+def _above(spent: float, cap: float) -> bool:
+    """Tell whether a cap is passed, beyond what the rounding of a plan's sigma explains."""
+    return not spent <= cap * (1 + 1e-9)

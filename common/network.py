@@ -62,7 +62,10 @@ def softmax(logits: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R S"]:
     """Turn logits into probabilities, in place, each row whatever the others are."""
     logits -= logits.max(axis=1, keepdims=True)
     np.exp(logits, out=logits)
-    logits /= logits.sum(axis=1, keepdims=True)
+    total = np.zeros(len(logits))
+    for column in logits.T:  # numpy adds up eight and more in another order for a single row
+        total += column
+    logits /= total[:, None]
     return logits
 
 

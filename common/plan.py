@@ -57,6 +57,15 @@ class Plan:
             if release.times
         )
 
+    def events_towards_server(self, contributors: int) -> tuple[Event, ...]:
+        """Return the same as seen by whoever sees a merchant's single messages."""
+        events = [(release.towards_server(contributors), release) for release in self.releases()]
+        return tuple(
+            replace(event, count=event.count * release.times)
+            for event, release in events
+            if release.times
+        )
+
     def release_of(self, stage: str, round_number: int, rounds: int) -> Release | None:
         """Return what `stage` releases in a round, or None if the plan knows no such release."""
         if stage == EVALUATION:
@@ -123,6 +132,12 @@ def plan_of(contract: Contract) -> Plan:
 def planned_epsilon(contract: Contract) -> float:
     """Return epsilon of the whole plan at the contract's delta; never above the contract's."""
     return epsilon(plan_of(contract).events(), contract.privacy.delta)
+
+
+def planned_epsilon_towards_server(contract: Contract) -> float:
+    """Return epsilon of the whole plan towards whoever sees a merchant's single messages."""
+    events = plan_of(contract).events_towards_server(contract.noise_contributors)
+    return epsilon(events, contract.privacy.delta)
 
 
 def profile_length(contract: Contract) -> int:

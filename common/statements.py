@@ -9,7 +9,9 @@ _NOT_MASKED = (
 )
 NOT_MASKED = {  # by training mode
     "distributed": _NOT_MASKED + "The epsilon of the published results holds towards everybody "
-    "who sees sums only; towards the coordinator the larger 'epsilon towards the server' holds.",
+    "who sees sums only (a merchant of the run also knows its own noise share: see "
+    "aggregation.colluders); towards the coordinator the larger 'epsilon towards the server' "
+    "holds.",
     "local": _NOT_MASKED + "Each message holds noise enough by itself, so that the same epsilon "
     "holds towards the coordinator.",
 }
@@ -18,17 +20,12 @@ NOT_FOR_RELEASE = (
     "seed. Its results are not for release."
 )
 NOT_PROTECTED = (
-    "that a merchant takes part, and when",
+    "that a merchant takes part, when, how long it takes to answer (which grows with the number "
+    "of its customers), and the reasons that it gives for a refusal",
     "the contract and the size of messages",
     "each merchant's assignments of its own customers, which stay with that merchant",
-    "a person who is a customer of several merchants is protected at each of them; for the "
-    "person the parts compose",
-)
-PERSON_TABLE = (
-    # merchants a person shops at, epsilon with one shared sum, epsilon with independent noise
-    (2.5, 2.9, 1.7),
-    (5, 6.6, 2.5),
-    (12, 20.4, 4.2),
+    "a person who is a customer of several merchants, or several customers of one, is protected "
+    "as each of them; for the person the parts compose",
 )
 ASSUMPTIONS = (
     "every admitted sum holds the noise shares of at least the stated number of honest merchants "

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from common.errors import WireError
 
 PROTOCOL = 1
+_MAX_TEXT = 1000
 _CONFIG, _ARRAYS, _VECTOR = "hansa", "hansa.arrays", "vector"
 
 
@@ -129,6 +130,8 @@ def _text(config: dict[str, Any], name: str) -> str:
     value = config.get(name)
     if not isinstance(value, str):
         raise WireError(f"field '{name}': expected a text")
+    if len(value) > _MAX_TEXT:
+        raise WireError(f"field '{name}': expected at most {_MAX_TEXT} characters")
     return value
 
 

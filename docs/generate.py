@@ -300,10 +300,10 @@ def _data_sets(_argument: str) -> str:
 
 
 def _person_table(_argument: str) -> str:
-    """Show what record-level epsilon 1 comes to for a person with several merchants."""
-    from common.statements import PERSON_TABLE
+    """Show what record-level (1, 1e-4) comes to for a person with several merchants."""
+    from common.accounting import person_table
 
-    rows = [(f"{k:g}", f"{shared:g}", f"{own:g}") for k, shared, own in PERSON_TABLE]
+    rows = [(f"{k:g}", f"{shared:.1f}", f"{own:.1f}") for k, shared, own in person_table(1.0, 1e-4)]
     return _table(
         ("Merchants of the person", "Epsilon, one shared sum", "Epsilon, independent noise"), rows
     )

@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 app.add_typer(data_commands.app, name="data")
 app.add_typer(merchant_commands.app, name="merchant")
@@ -99,6 +99,11 @@ def simulate(  # noqa: PLR0913, PLR0917
             seed, data_seed, out, overwrite, json,
         )
     )  # fmt: skip
+
+
+BuiltInOption = Annotated[
+    str, typer.Option("--data", help="A built-in data set (`hansa data list`).")
+]
 
 
 @app.command()

@@ -211,8 +211,8 @@ def train_centrally(
     """Train on customers in one place with the contract's network.
 
     Private training takes the contract's rounds as full-batch steps with the noise of its plan,
-    all of it in one place; it divides by the number of customers with noise, like a run. Training without
-    privacy follows `plain`: no clipping, no noise.
+    all of it in one place; it divides by the number of customers with noise, like a run.
+    Training without privacy follows `plain`: no clipping, no noise.
     """
     if private:
         contract = in_mode(contract, "distributed")
@@ -264,7 +264,9 @@ def _row(method: str, epsilon: float | None, found: list[Scores]) -> ComparisonR
 
 
 def _spread(values: list[float]) -> Spread:
-    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+    return Spread(
+        float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    )
 
 
 def _notes() -> tuple[str, ...]:

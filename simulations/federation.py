@@ -1,5 +1,6 @@
 """The merchants of a simulation: from a built-in data set, or from a folder on disk."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,16 @@ def training_customers(tables: Sequence[CustomerTable]) -> int:
 
 
 def public_delta(customers: int) -> float:
-    """Return delta = 1 / N^1.1, at most 0.01."""
-    return float(min(0.01, max(customers, 2) ** -1.1))
+    """Return delta = 1 / N^1.1, at most 0.01, rounded down to one digit.
+
+    The contract is published, and all digits of delta would tell N to the customer.
+
+    >>> public_delta(4443)
+    9e-05
+    """
+    delta = min(0.01, max(customers, 2) ** -1.1)
+    digit = 10.0 ** math.floor(math.log10(delta))
+    return float(f"{math.floor(delta / digit * (1 + 1e-9)) * digit:.0e}")
 
 
 def assemble(dataset: Dataset, contract: Contract, ledgers: Path, seed: int | None) -> Federation:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import statements
+from common.accounting import person_table
 from common.contract import Contract, Feature
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
 from simulations import pictures, wording
@@ -76,7 +77,7 @@ def write_report(result: SimulationResult, path: Path) -> None:
                 for segment in result.segments
             ],
             features=_profiled(result),
-            several_merchants=statements.PERSON_TABLE,
+            several_merchants=person_table(result.epsilon, result.delta),
             not_protected=statements.NOT_PROTECTED,
             settings=_settings(result.contract),
         )
@@ -188,7 +189,7 @@ def _settings(contract: Contract) -> list[tuple[str, str]]:
     federation, aggregation = contract.federation, contract.aggregation
     layers = ", ".join(str(size) for size in model.hidden)
     epsilon, rate = wording.epsilon_text(privacy.epsilon), wording.number(training.step_size)
-    needed = f"{federation.min_merchants:,} to start, {contract.min_survivors:,} in every sum"
+    needed = f"{federation.min_merchants:,} counted on, {contract.min_survivors:,} in every sum"
     shape = f"{model.family}, hidden layers {layers}, {model.activation}"
     noise = {
         "distributed": "shared between the merchants (mode distributed)",

@@ -18,13 +18,13 @@ from common import statements
 from common.accounting import PRV_ERROR, epsilon, opacus_epsilon
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
-from common.errors import AccountingError, RunError
+from common.errors import AccountingError, DataError
 from common.events import Event, merged, to_document
 from common.ledger import Entry
 from server.app import create_app as create_server_app
 from server.coordinator import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
-from simulations.federation import Federation, Member
+from simulations.federation import Federation, Member, training_customers
 from simulations.grid import FIRST_NODE, Fault, run_in_process
 from simulations.result import MerchantRecord, RoundRecord, SegmentRecord, SimulationResult
 
@@ -40,22 +40,22 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
     """Make an empty folder for a simulation.
 
     Raises:
-        RunError: The folder holds something; with `overwrite`, something other than an earlier
+        DataError: The folder holds something; with `overwrite`, something other than an earlier
             simulation.
     """
     try:
         if out.exists() and any(out.iterdir()):
             if not overwrite:
-                raise RunError(f"{out}: is not empty; choose another --out, or add --overwrite")
+                raise DataError(f"{out}: is not empty; choose another --out, or add --overwrite")
             if not _is_earlier_simulation(out):
-                raise RunError(
+                raise DataError(
                     f"{out}: holds something else than an earlier simulation; it is not "
                     "overwritten, choose another --out"
                 )
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{out}: cannot be used as a folder ({error.strerror})") from None
+        raise DataError(f"{out}: cannot be used as a folder ({error.strerror})") from None
 
 
 def _is_earlier_simulation(out: Path) -> bool:
@@ -80,11 +80,17 @@ def simulate(
     """Run the federation and write bundle and assignments under `out`.
 
     Raises:
+        DataError: No merchant has a customer to train on.
         RunError: Too few merchants take part or answer.
         AccountingError: Two accountants disagree on what was spent.
     """
     began = time.monotonic()
     contract = federation.contract
+    if not training_customers([member.table for member in federation.members]):
+        raise DataError(
+            f"{federation.data}: no merchant has a customer with a known segment to train on; is "
+            f"segments.column = '{contract.segments.column}' right?"
+        )
     records: list[RoundRecord] = []
 
     def report(round_report: RoundReport) -> None:

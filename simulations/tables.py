@@ -40,7 +40,10 @@ def merchants_table(result: SimulationResult) -> Table:
     for merchant in shown:
         table.add_row(*_merchant_cells(merchant, result.delta)[: len(table.columns)])
     hidden = len(result.merchants) - len(shown)
-    caption = "Customer counts are known to this simulator only; they never travel."
+    caption = (
+        "Customer counts are known to this simulator only; they never travel. A merchant's noisy\n"
+        "accuracy is covered by its epsilon towards the server only: do not release this table."
+    )
     if hidden:
         caption = (
             f"{counted(hidden, 'more merchant')} not shown; the report has all "

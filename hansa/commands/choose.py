@@ -38,10 +38,12 @@ def chosen_contract(dataset: "Dataset", path: Path | None) -> Contract:
     else:
         contract = read_contract(path)
         frame = next(iter(dataset.merchants.values()))
-        for feature in contract.features:
-            if feature.name not in frame.columns:
+        wanted = {f"features: {feature.name}": feature.name for feature in contract.features}
+        wanted["segments.column"] = contract.segments.column
+        for key, column in wanted.items():
+            if column not in frame.columns:
                 raise ContractError(
-                    f"{path}: features: data set {dataset.name} has no column '{feature.name}'"
+                    f"{path}: {key}: data set {dataset.name} has no column '{column}'"
                 )
     return contract.revised(federation={"min_merchants": len(dataset.merchants)})
 
@@ -50,7 +52,7 @@ def with_options(contract: Contract, **options: tuple[str, Any]) -> Contract:
     """Return the contract with the stated options, given as key=(section, value)."""
     for key, (section, value) in options.items():
         if value is not None:
-            contract = contract.revised(**{section: {key: value}})
+            contract = contract.revised(source=f"--{key}", **{section: {key: value}})
     return contract
 
 

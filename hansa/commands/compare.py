@@ -28,11 +28,6 @@ def run(choices: Choices) -> None:
     """Measure, print the table and the verdict, write what was asked for."""
     from rich.console import Console
 
-    from simulations.compare import Question, compare
-    from simulations.documents import comparison_document
-    from simulations.report import verdict, write_comparison, write_comparison_picture
-    from simulations.tables import comparison_table, sizes_table
-
     for epsilon in choices.epsilons:
         if not 0 < epsilon <= 100:
             raise DataError(f"--epsilon: expected a number above 0 and up to 100, got {epsilon:g}")
@@ -47,6 +42,11 @@ def run(choices: Choices) -> None:
             seed=choices.data_seed,
         )
         contract = chosen_contract(dataset, choices.contract)
+        from simulations.compare import Question, compare
+        from simulations.documents import comparison_document
+        from simulations.report import verdict, write_comparison, write_comparison_picture
+        from simulations.tables import comparison_table, sizes_table
+
         epsilons = tuple(sorted(set(choices.epsilons)))
         comparison = compare(Question(dataset, contract, epsilons, choices.seeds), status.update)
     console.print(comparison_table(comparison))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.contract import read_contract
-from common.plan import plan_of, planned_epsilon
+from common.plan import plan_of, planned_epsilon, planned_epsilon_towards_server
 
 
 def run(path: Path) -> None:
@@ -27,10 +27,12 @@ def run(path: Path) -> None:
     table = Table("Release", "Numbers", "Noise / sensitivity", "Times")
     for release in plan.releases():
         sigma = f"{release.event.noise_multiplier:.4g}"
-        table.add_row(release.stage, str(release.length), sigma, str(release.times))
+        last = " (last)" if release is plan.final_evaluation else ""
+        table.add_row(release.stage + last, str(release.length), sigma, str(release.times))
     console.print(table)
     console.print(
-        f"Everything together: epsilon {planned_epsilon(contract):.4g} at delta "
-        f"{contract.privacy.delta:.3g}",
+        f"Everything together: epsilon {planned_epsilon(contract):.4g} towards whoever sees sums, "
+        f"{planned_epsilon_towards_server(contract):.4g} towards the server (sums are not masked), "
+        f"at delta {contract.privacy.delta:.3g}",
         highlight=False,
     )

@@ -1,5 +1,6 @@
 """`hansa merchant`: what a merchant does with its own customers, on its own machine."""
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,7 @@ def check(
     from clients.merchant import read_merchant
     from clients.table import read_table
     from common.contract import read_contract
-    from common.plan import planned_epsilon
+    from common.plan import planned_epsilon, planned_epsilon_towards_server
 
     agreed = read_contract(contract)
     merchant = read_merchant(merchant_file)
@@ -39,10 +40,17 @@ def check(
     for feature, customers in table.out_of_bounds.items():
         if customers:
             typer.echo(f"{feature}: {customers:,} customers outside the contract's bounds, clipped")
+    towards_server, policy = planned_epsilon_towards_server(agreed), merchant.policy
+    server_cap = policy.epsilon_towards_server
     typer.echo(
-        f"a run under this contract costs epsilon {planned_epsilon(agreed):.4g} at delta "
-        f"{agreed.privacy.delta:.3g}; your cap is epsilon {merchant.policy.epsilon:.4g} at delta "
-        f"{merchant.policy.delta:.3g}"
+        f"a run under this contract costs epsilon {planned_epsilon(agreed):.4g} towards whoever "
+        f"sees sums and {towards_server:.4g} towards the server, at delta "
+        f"{agreed.privacy.delta:.3g}"
+    )
+    typer.echo(
+        f"your cap over all runs is epsilon {policy.epsilon:.4g} towards whoever sees sums and "
+        f"{'not stated' if server_cap is None else f'{server_cap:.4g}'} towards the server, at "
+        f"delta {policy.delta:.3g}"
     )
     if not agreed.aggregation.secure and not merchant.policy.accept_unmasked_sums:
         typer.echo("your policy refuses this contract: its sums are not masked")
@@ -51,27 +59,28 @@ def check(
 
 
 def _check_budget(merchant: "Merchant", contract: "Contract") -> None:
-    """Say what is left, and end with exit code 1 where a run would pass the cap."""
-    from common.accounting import epsilon
+    """End with exit code 1 where a run would pass a cap, with all that was spent before."""
+    from clients.joining import budget_of
     from common.errors import BudgetRefusal
-    from common.ledger import Budget, Ledger
+    from common.ledger import Ledger
     from common.plan import plan_of
 
-    cap, delta, events = merchant.policy.epsilon, merchant.policy.delta, plan_of(contract).events()
-    if not merchant.ledger.path.exists():  # a check makes no file
-        after = epsilon(events, delta)
-        if after <= cap * (1 + 1e-9):
-            return
-        typer.echo(f"your policy refuses this contract: at your delta it costs epsilon {after:.4g}")
-        raise typer.Exit(1)
-    ledger = Ledger(merchant.ledger.path, Budget(cap, delta))
-    try:
-        ledger.check_affordable(events)
-    except BudgetRefusal as refusal:
-        typer.echo(f"your ledger refuses this contract: {refusal}")
-        raise typer.Exit(1) from None
-    finally:
-        ledger.close()
+    plan = plan_of(contract)
+    with tempfile.TemporaryDirectory() as nothing_spent:  # a check makes no ledger
+        path = merchant.ledger.path
+        ledger = Ledger(
+            path if path.exists() else Path(nothing_spent) / path.name, budget_of(merchant)
+        )
+        try:
+            ledger.check_affordable(
+                plan.events(), plan.events_towards_server(contract.noise_contributors)
+            )
+        except BudgetRefusal as refusal:
+            typer.echo(f"your ledger refuses this contract: {refusal}")
+            raise typer.Exit(1) from None
+        finally:
+            ledger.close()
+    typer.echo("a run under this contract would be accepted")
 
 
 @app.command()

@@ -10,14 +10,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients.app import create_app, merchant_file, worker_of_node
 from clients.worker import Customers, Worker
-from common.contract import Contract
+from common.contract import Contract, contract_toml
 from common.errors import DataError, PolicyError
 from common.ledger import Budget, Ledger
 from common.network import initial_parameters
 from common.wire import Attest, SumRequest, pack, unpack_attested, unpack_sum_answer
 from simulations.grid import InProcessGrid
 
-SECRET = "customer-4711"
+SECRET = "customer-4711"  # noqa: S105
 
 
 def exchange(find_worker: Any, kind: str, content: RecordDict) -> Message:
@@ -100,9 +100,7 @@ class TestNothingTold:
         def fail(_: Context) -> Worker:
             raise error
 
-        content = pack(
-            Attest("r", "c") if kind == "query.attest" else request_of(worker, "update")
-        )
+        content = pack(Attest("r", "c") if kind == "query.attest" else request_of(worker, "update"))
         with caplog.at_level(logging.ERROR, logger="hansa.merchant"):
             reply = exchange(fail, kind, content)
         assert reply.has_error()
@@ -155,6 +153,24 @@ class TestMerchantFile:
         """A node without a merchant says what to set."""
         with pytest.raises(PolicyError, match="speaks for no merchant"):
             merchant_file(self.context(node, {}))
+
+    def test_seeded_noise_is_no_deployment(self, tmp_path: Path, contract: Contract) -> None:
+        """A merchant whose noise can be guessed opens for nobody but a simulation."""
+        folder = tmp_path / "merchants" / "shop"
+        folder.mkdir(parents=True)
+        (tmp_path / "contract.toml").write_text(contract_toml(contract))
+        (folder / "table.csv").write_text(
+            "customer_id,spend,age,visits,member,plan,segment\n1,10,30,2,1,basic,low\n"
+        )
+        (folder / "merchant.toml").write_text(
+            '[merchant]\nid = "shop"\n[data]\nkind = "customers"\npath = "table.csv"\n'
+            "[policy]\nepsilon = 2.0\ndelta = 1e-6\n[simulation]\nseed = 3\n"
+        )
+        node = {"merchant": str(folder / "merchant.toml")}
+        with pytest.raises(PolicyError, match="makes the noise guessable"):
+            worker_of_node(self.context(node, {}))
+        simulated = self.context({"partition-id": 0}, {"federation": str(tmp_path)})
+        assert worker_of_node(simulated).merchant == "shop"
 
     def test_worker_of_node_opens_it(self, tmp_path: Path) -> None:
         """A file that is not there is a `PolicyError`, at every message anew."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clients.release import noisy_sum
 from common.errors import AccountingError
-from common.fixed_point import from_lattice, lattice_step, to_lattice
+from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, to_lattice
 from common.noise import NoiseSource
 
 
@@ -28,6 +28,12 @@ class TestNoisySum:
         exact = np.full(5, value)
         noise = part(exact, sensitivity=sensitivity) - part(np.zeros(5), sensitivity=sensitivity)
         assert np.array_equal(noise, to_lattice(exact, lattice_step(sensitivity)))
+
+    def test_noise_covers_the_rounding(self) -> None:
+        """A share is sigma times the sensitivity of the rounded sum, over sqrt(m), in steps."""
+        stddev = 4.0 * lattice_sensitivity(2.5, 400) / 2.0 / lattice_step(2.5)
+        expected = np.rint(NoiseSource.seeded(0).normal(400) * stddev)
+        assert part(np.zeros(400), sensitivity=2.5).tolist() == expected.tolist()
 
     def test_integers(self) -> None:
         """What leaves is a vector of 64-bit integers, as long as the sum."""

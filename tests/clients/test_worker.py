@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import clients.worker
 from clients.worker import Customers, Worker, confusion_counts, profile_sums, seeded_noise
 from common.accounting import epsilon
 from common.contract import Contract, parse_contract
-from common.errors import LedgerError
+from common.errors import DataError, LedgerError
 from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step
 from common.ledger import Budget, Ledger
 from common.network import initial_parameters, network_of
@@ -146,13 +146,11 @@ class TestRefusals:
             ({"parameters": np.zeros((26, 1))}, "field 'vector'"),
             ({"parameters": np.full(26, np.nan)}, "field 'vector'"),
             ({"parameters": np.full(26, np.inf)}, "field 'vector'"),
-            ({"parameters": np.full(26, 1e6)}, "field 'vector'"),
+            ({"parameters": np.full(26, 1.0000001e6)}, "field 'vector'"),
             ({"parameters": np.full(26, -1e300)}, "field 'vector'"),
         ],
     )
-    def test_wrong_field(
-        self, make_worker: MakeWorker, changes: dict[str, Any], says: str
-    ) -> None:
+    def test_wrong_field(self, make_worker: MakeWorker, changes: dict[str, Any], says: str) -> None:
         """A wrong field is named, nothing is charged and nothing is sent."""
         worker = make_worker()
         assert says in refused(worker, ask(worker, **changes))
@@ -188,16 +186,29 @@ class TestRefusals:
     @pytest.mark.parametrize("stage", STAGES)
     def test_endless_attempts(self, make_worker: MakeWorker, stage: str) -> None:
         """Asking for ever ends at the merchant's cap, and what was sent stays within it."""
-        worker = make_worker(cap=6.0)
+        worker = make_worker(cap=3.0)
         answers: list[SumAnswer] = []
         for attempt in range(3000):
             answers.append(worker.answer(ask(worker, stage, attempt=attempt)))
             if answers[-1].refusal:
                 break
-        assert "the merchant's cap is 6" in answers[-1].refusal
+        assert "its cap is 3" in answers[-1].refusal
         charged = [e.event for e in worker.ledger.entries() if e.kind == "charge"]
         assert len(charged) == len(answers) - 1
-        assert epsilon(charged, 1e-5) <= 6.0 + 1e-8
+        assert epsilon(charged, 1e-5) <= 3.0 + 1e-8
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_one_run_ends_at_its_contract(self, make_worker: MakeWorker, stage: str) -> None:
+        """However much the merchant's cap would allow, a run never passes its own epsilon."""
+        worker = make_worker(cap=50.0)
+        for attempt in range(3000):
+            answer = worker.answer(ask(worker, stage, attempt=attempt))
+            if answer.refusal:
+                break
+        assert "its contract allows 5" in answer.refusal
+        charged = [e.event for e in worker.ledger.entries() if e.kind == "charge"]
+        assert 4.0 < epsilon(charged, 1e-5) <= 5.0 + 1e-8
+        assert worker.answer(ask(worker, stage, run="another")).refusal == ""
 
     def test_new_runs_start_with_what_is_left(self, make_worker: MakeWorker) -> None:
         """A server gains nothing by calling the run anew."""
@@ -234,9 +245,7 @@ class TestCharges:
         assert entry.event == release.event
 
     @pytest.mark.parametrize("engine", ["fused", "opacus"])
-    def test_charged_before_customers_are_read(
-        self, make_worker: MakeWorker, engine: str
-    ) -> None:
+    def test_charged_before_customers_are_read(self, make_worker: MakeWorker, engine: str) -> None:
         """If the computation fails, the charge stays."""
         customers = some_customers()
         broken = replace(customers, labels=np.where(customers.labels >= 0, 7, -1))  # no segment 7
@@ -334,7 +343,7 @@ class TestSplit:
 class TestLocalMode:
     """A merchant's own DP-SGD steps."""
 
-    LOCAL: dict[str, Any] = {"rounds": 20, "mode": "local", "local_learning_rate": 0.5}
+    LOCAL: ClassVar[dict[str, Any]] = {"rounds": 20, "mode": "local", "local_learning_rate": 0.5}
 
     def expected(self, worker: Worker, batch: float, steps: int, proximal: float) -> np.ndarray:
         """Replay the steps from the noisy sums alone."""
@@ -409,6 +418,15 @@ class TestLocalMode:
             assert worker.answer(ask(worker, stage, round=number)).refusal == ""
 
 
+def test_more_customers_than_the_proof_covers(
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merchant too large for the bound on summation error is refused before any run."""
+    monkeypatch.setattr(clients.worker, "MAX_SUMMANDS", 39)
+    with pytest.raises(DataError, match="40 customers are more than the 39"):
+        make_worker()
+
+
 class TestCounts:
     """confusion_counts and profile_sums."""
 
@@ -448,7 +466,9 @@ def test_locked_ledger_is_a_refusal(
         return connection
 
     monkeypatch.setattr(worker.ledger, "_connect", impatient)
-    assert "locked" in refused(worker, ask(worker))
+    assert refused(worker, ask(worker)) == (
+        "the merchant's ledger cannot be used; its own log says why"
+    )
     with pytest.raises(LedgerError):
         worker.ledger.entries()
     holder.execute("ROLLBACK")

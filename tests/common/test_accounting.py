@@ -63,9 +63,7 @@ class TestGaussian:
 
     @settings(max_examples=12, deadline=None)
     @given(gaussians, deltas)
-    def test_equals_privacy_loss_distributions(
-        self, events: list[Event], delta: float
-    ) -> None:
+    def test_equals_privacy_loss_distributions(self, events: list[Event], delta: float) -> None:
         """dp-accounting finds the same epsilon to 1e-3, and never a smaller one."""
         ours = epsilon(events, delta)
         assume(0.02 < ours < 30)
@@ -188,6 +186,30 @@ class TestEpsilon:
             epsilon([GaussianSum(sigma, 1.0)], 1e-5)
 
 
+class TestOpacusAccountant:
+    """Our accounting, driven by Opacus' tools."""
+
+    def test_steps_compose(self) -> None:
+        """Recorded steps cost what the same event costs, and are counted."""
+        from common.opacus_accountant import MECHANISM, HansaAccountant
+
+        accountant = HansaAccountant()
+        for _ in range(3):
+            accountant.step(noise_multiplier=2.0, sample_rate=0.2)
+        event = PoissonGaussianSum(2.0, 1.0, 0.2, 3)
+        assert accountant.get_epsilon(1e-5) == epsilon([event], 1e-5)
+        assert len(accountant) == 3
+        assert accountant.mechanism() == MECHANISM
+
+    def test_opacus_knows_it(self) -> None:
+        """Opacus finds the accountant by its name."""
+        from opacus.accountants import create_accountant
+
+        from common.opacus_accountant import MECHANISM, HansaAccountant
+
+        assert isinstance(create_accountant(MECHANISM), HansaAccountant)
+
+
 class TestSampled:
     """Poisson-sampled sums: two libraries, the larger value, no disagreement."""
 
@@ -216,9 +238,7 @@ class TestSampled:
         assert often < epsilon([GaussianSum(2.0, 1.0, 5)], 1e-5)
 
     @pytest.mark.parametrize("factor", [0.5, 2.0])
-    def test_disagreement_is_an_error(
-        self, monkeypatch: pytest.MonkeyPatch, factor: float
-    ) -> None:
+    def test_disagreement_is_an_error(self, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
         """If one library errs, up or down, no number is given."""
         right = common.accounting._pld_epsilon(SAMPLED, 2e-5)
         monkeypatch.setattr(common.accounting, "_pld_epsilon", lambda *_: right * factor)

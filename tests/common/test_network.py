@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.contract import Contract, parse_contract
-from common.network import Network, initial_parameters, network_of, row_by_row
+from common.network import Network, initial_parameters, network_of, row_by_row, softmax
 
 
 def contract_of(**sections: object) -> Contract:
@@ -116,6 +116,19 @@ class TestRowByRow:
             layer[0, -1] = -float(x[0] @ layer[0, :-1])
             one, other = network.predictions(theta, x[1:]), network.predictions(theta, x)[1:]
             assert np.array_equal(one, other)
+
+
+class TestSoftmax:
+    """softmax."""
+
+    @pytest.mark.parametrize("segments", [2, 7, 8, 9, 40])
+    def test_rows_do_not_know_each_other(self, segments: int) -> None:
+        """A row's probabilities are the same to the last bit in any company."""
+        generator = np.random.default_rng(segments)
+        layer, x = generator.normal(size=(segments, 5)), generator.normal(size=(300, 4))
+        whole = softmax(row_by_row(x, layer))
+        for rows in (1, 2, 3, 17):
+            assert np.array_equal(softmax(row_by_row(x[:rows], layer)), whole[:rows])
 
 
 class TestInitialParameters:

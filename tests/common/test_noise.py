@@ -54,6 +54,7 @@ class TestKnownAnswers:
 
     def test_extreme_words(self) -> None:
         """The smallest and the largest word give finite numbers of at most 9.42."""
+
         class Extreme(NoiseSource):
             def _words(self, count: int) -> np.ndarray:  # the cipher will not give these
                 values = [0, 2**64 - 1] * count
@@ -100,7 +101,7 @@ class TestFresh:
 
         draws = []
         for _ in range(2):
-            np.random.seed(0)  # noqa: NPY002
+            np.random.seed(0)
             torch.manual_seed(0)
             draws.append(NoiseSource.fresh().normal(4))
         assert not set(draws[0]) & set(draws[1])

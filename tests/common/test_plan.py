@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.accounting import epsilon
+from common.accounting import epsilon, gaussian_epsilon, mu_for
 from common.contract import Contract, parse_contract
 from common.events import GaussianSum, PoissonGaussianSum
 from common.network import network_of
@@ -20,6 +20,7 @@ from common.plan import (
     evaluation_rounds,
     plan_of,
     planned_epsilon,
+    planned_epsilon_towards_server,
 )
 
 
@@ -145,9 +146,7 @@ class TestPlan:
     )
     def test_evaluation_rounds(self, rounds: int, every: int, expected: tuple[int, ...]) -> None:
         """Every so many rounds, and always after the last."""
-        contract = contract_of(
-            training={"rounds": rounds}, publication={"evaluate_every": every}
-        )
+        contract = contract_of(training={"rounds": rounds}, publication={"evaluate_every": every})
         assert evaluation_rounds(contract) == expected
 
 
@@ -192,7 +191,15 @@ class TestTowardsServer:
         assert dataclasses.replace(alone, noise_multiplier=sigma) == release.event
 
 
+def test_single_messages_cost_more() -> None:
+    """Towards the server the whole plan costs what m-fold mu^2 costs; alone it costs the same."""
+    contract = contract_of()
+    shared = plan_of(contract).events_towards_server(9)
+    mu = math.sqrt(9) * mu_for(1.0, 1e-5)
+    assert epsilon(shared, 1e-5) == pytest.approx(gaussian_epsilon(mu, 1e-5), rel=1e-9)
+    assert planned_epsilon_towards_server(contract) == epsilon(shared, 1e-5)
+    assert plan_of(contract).events_towards_server(1) == plan_of(contract).events()
+
+
 def _update_of(plan: Any) -> GaussianSum:
-    return dataclasses.replace(
-        plan.update.event, count=plan.update.event.count * plan.update.times
-    )
+    return dataclasses.replace(plan.update.event, count=plan.update.event.count * plan.update.times)

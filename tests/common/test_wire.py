@@ -153,6 +153,12 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def test_endless_text() -> None:
+    """A text longer than any that the protocol needs is refused before it is stored."""
+    with pytest.raises(WireError, match="field 'run': expected at most 1000"):
+        unpack_sum_request(changed(REQUEST, run="x" * 1001))
+
+
 class TestVectors:
     """Arrays that are not what their description says."""
 
@@ -246,6 +252,7 @@ class TestFuzz:
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
         array = Array("int64", (3,), "numpy.ndarray", bytes(raw))
         try:
-            assert unpack_sum_answer(with_array(array)).vector.shape == (3,)
-        except WireError as error:
-            assert "vector" in str(error)
+            answer = unpack_sum_answer(with_array(array))
+        except WireError:
+            return
+        assert answer.vector.shape == (3,)

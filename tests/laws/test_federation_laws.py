@@ -96,7 +96,7 @@ def test_merchants_add_up_to_the_union(network: Network, sizes: list[int], seed:
         exact = clipped_gradient_sum(network, theta, x[part].copy(), y[part].copy(), 1.0)
         for target, values in ((total, exact), (noise, np.zeros(network.size))):
             source = NoiseSource.seeded(seed, number)
-            target += noisy_sum(values, noise=source, **settings_)  # type: ignore[arg-type]
+            np.add(target, noisy_sum(values, noise=source, **settings_), out=target)  # type: ignore[arg-type]
     pooled = clipped_gradient_sum(network, theta, x, y, 1.0)
     error = np.abs(from_lattice(total - noise, step) - pooled)
     assert np.all(error <= 0.51 * step * len(sizes))
@@ -115,7 +115,7 @@ def test_order_of_customers_does_not_matter(network: Network, rows: int, seed: i
 
 @given(st.floats(0.5, 50), st.integers(1, 100), st.integers(1, 100))
 def test_splitting_noise_over_events_is_neutral(sigma: float, one: int, other: int) -> None:
-    """k events at sqrt(k) times the noise cost what a single one costs."""
+    """K events at sqrt(k) times the noise cost what a single one costs."""
     single = epsilon([GaussianSum(sigma, 1.0)], 1e-5)
     many = epsilon(
         [GaussianSum(sigma * (one + other) ** 0.5, 1.0, count) for count in (one, other)], 1e-5

@@ -191,7 +191,7 @@ class TestRefusals:
         assert outcome.cohorts[0] == 5
         assert outcome.profile is not None
         assert NAMES[2] not in outcome.profile.parts
-        assert "the merchant's cap is 1" in outcome.refusals[NAMES[2]]
+        assert "its cap is 1" in outcome.refusals[NAMES[2]]
         spent = federation.members[2].worker.ledger.entries()
         assert ("refusal", outcome.run) in {(entry.kind, entry.occasion.run) for entry in spent}
         assert (
@@ -204,7 +204,9 @@ class TestRefusals:
     ) -> None:
         """The message says who, why, and what the contract needs; nobody is charged."""
         federation = federate(contract, caps={0: 0.5, 1: 0.5, 3: 0.25})
-        with pytest.raises(RunError, match=r"2 of 5 merchants take part, the contract needs 3") as e:
+        with pytest.raises(
+            RunError, match=r"2 of 5 merchants take part, the contract needs 3"
+        ) as e:
             run_over_grid(federation)
         for number in (0, 1, 3):
             assert NAMES[number] in str(e.value)
@@ -363,7 +365,9 @@ class TestRetries:
 
         def fault(message: Message) -> str | None:
             far = message.metadata.dst_node_id > 3
-            return "broken cable" if far and message.metadata.message_type == "train.update" else None
+            return (
+                "broken cable" if far and message.metadata.message_type == "train.update" else None
+            )
 
         with pytest.raises(RunError) as error:
             run_over_grid(federate(contract), fault=fault)
@@ -440,5 +444,3 @@ def test_an_answer_is_read_as_it_was_packed(
     assert outcome.profile is not None
     for merchant, vector in sent.items():
         np.testing.assert_array_equal(outcome.profile.parts[merchant], vector / 2**20)
-
-

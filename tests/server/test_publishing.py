@@ -148,7 +148,9 @@ class TestMetrics:
 
     def test_too_noisy_figures_are_null(self, shop: Contract) -> None:
         """Nothing is claimed from noise."""
-        found = metrics_document(NoisySum("evaluation", 1, np.array([9.0, 1, 2, 8]), 99.0, {}), shop)
+        found = metrics_document(
+            NoisySum("evaluation", 1, np.array([9.0, 1, 2, 8]), 99.0, {}), shop
+        )
         assert found["accuracy"] is found["accuracy_error"] is found["macro_f1"] is None
 
 
@@ -343,7 +345,9 @@ class TestBundle:
         )
         assert not np.any(np.array(metrics["confusion"]).ravel() == exact)
         customers = sum(len(worker._train[1]) for worker in workers)
-        texts = [path.read_text() for path in published.iterdir() if path.suffix in {".json", ".md"}]
+        texts = [
+            path.read_text() for path in published.iterdir() if path.suffix in {".json", ".md"}
+        ]
         assert not any(f" {customers}" in text for text in texts)
 
     def test_no_merchants_own_message_is_in_it(self, published: Path, outcome: Outcome) -> None:

@@ -1,6 +1,7 @@
 """All methods side by side: rows as promised, free rules exact, schema kept."""
 
 import json
+import math
 from importlib.resources import files
 
 import jsonschema
@@ -142,7 +143,7 @@ def test_groups_make_up_the_whole(
     for found in once.rows:
         parts = [spread.mean for spread in found.by_size]
         assert np.average(parts, weights=weights) == pytest.approx(found.accuracy.mean)
-        assert found.accuracy.sd == 0.0
+        assert math.isnan(found.accuracy.sd)  # one seed tells nothing about chance
     assert len(labels) == dataset.customers
 
 

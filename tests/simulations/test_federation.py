@@ -104,8 +104,8 @@ def test_training_customers_are_labelled_and_not_held_out(dataset: Dataset) -> N
 
 @pytest.mark.parametrize(
     ("customers", "delta"),
-    [(10_000, 10_000**-1.1), (2, 0.01), (0, 0.01), (10**9, 1e9**-1.1)],
+    [(10_000, 3e-5), (2, 0.01), (0, 0.01), (10**9, 1e-10)],
 )
 def test_public_delta(customers: int, delta: float) -> None:
-    """1 / N^1.1, at most a hundredth."""
-    assert public_delta(customers) == pytest.approx(delta)
+    """1 / N^1.1 rounded down to one digit, at most a hundredth."""
+    assert public_delta(customers) == delta

@@ -21,7 +21,7 @@ from common import statements
 from common.accounting import epsilon
 from common.bundle import read_bundle
 from common.contract import Contract
-from common.errors import RunError
+from common.errors import DataError, RunError
 from common.events import merged, to_document
 from simulations.datasets import Dataset, load, write_federation
 from simulations.federation import Federation, assemble, open_federation
@@ -145,7 +145,9 @@ class TestBooks:
         [
             {"mode": "distributed"},
             {"mode": "local"},
-            {"mode": "local", "sampling_rate": 0.3, "local_steps": 2},
+            pytest.param(
+                {"mode": "local", "sampling_rate": 0.3, "local_steps": 2}, marks=pytest.mark.slow
+            ),
         ],
         ids=["distributed", "local", "sampled"],
     )
@@ -325,7 +327,7 @@ class TestFolder:
     def test_a_folder_with_something_in_it_is_not(self, tmp_path: Path) -> None:
         """The message says what to do."""
         (tmp_path / "thesis.docx").touch()
-        with pytest.raises(RunError, match="--overwrite"):
+        with pytest.raises(DataError, match="--overwrite"):
             prepare_folder(tmp_path, overwrite=False)
 
     def test_an_earlier_simulation_is_overwritten_when_asked(self, run_small: RunSmall) -> None:
@@ -343,7 +345,7 @@ class TestFolder:
         out = run_small().bundle.parent
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("mine")
-        with pytest.raises(RunError, match="not overwritten"):
+        with pytest.raises(DataError, match="not overwritten"):
             prepare_folder(out, overwrite=True)
         assert (out / name).read_text() == "mine"
         assert (out / "bundle" / "manifest.json").is_file()
@@ -354,7 +356,7 @@ class TestFolder:
         """Also after `flwr run` has put a bundle into it: it holds customers and real ledgers."""
         write_federation(dataset, tmp_path / "f")
         run_small().bundle.rename(tmp_path / "f" / "bundle")
-        with pytest.raises(RunError, match="not overwritten"):
+        with pytest.raises(DataError, match="not overwritten"):
             prepare_folder(tmp_path / "f", overwrite=True)
         assert len(open_federation(tmp_path / "f").members) == MERCHANTS
 
@@ -363,7 +365,7 @@ class TestFolder:
         """Neither itself nor what is below it."""
         (tmp_path / "file").write_text("mine")
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(RunError, match="cannot be used as a folder"):
+            with pytest.raises(DataError, match="cannot be used as a folder"):
                 prepare_folder(path, overwrite=overwrite)
         assert (tmp_path / "file").read_text() == "mine"
 
@@ -373,6 +375,6 @@ class TestFolder:
         """The link is refused."""
         out = run_small().bundle.parent
         (tmp_path / "link").symlink_to(out)
-        with pytest.raises(RunError, match="not overwritten"):
+        with pytest.raises(DataError, match="not overwritten"):
             prepare_folder(tmp_path / "link", overwrite=True)
         assert (out / "bundle").is_dir()

@@ -96,7 +96,7 @@ class TestAchieved:
 
     @pytest.mark.parametrize("merchants", [1, 3, 10])
     def test_shares_add_up(self, merchants: int) -> None:
-        """m shares make the whole noise, sensitivity included; false-alarm rate 1e-4 each."""
+        """M shares make the whole noise, sensitivity included; false-alarm rate 1e-4 each."""
         assert fits(achieved(merchants, merchants), self.SCALE)
 
     @pytest.mark.parametrize("wrong", [2 / 3, 3 / 2])
