@@ -14,8 +14,6 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-from scipy.special import log_ndtr
-
 from common.errors import AccountingError
 from common.events import Event, GaussianSum, PoissonGaussianSum, check, merged
 
@@ -79,6 +77,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 def gaussian_delta(mu: float, eps: float) -> float:
     """Return delta(eps) of a Gaussian mechanism: Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu)."""
+    from scipy.special import log_ndtr
+
     first = float(log_ndtr(mu / 2 - eps / mu))
     second = eps + float(log_ndtr(-mu / 2 - eps / mu))
     return math.exp(first) * -math.expm1(min(second - first, 0.0))

@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     ValidationError,
     field_validator,
     model_validator,
@@ -27,8 +28,10 @@ from pydantic import (
 
 from common.errors import ContractError
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True)]
+Positive = Annotated[Number, Field(gt=0, le=1e9)]
+Fraction = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=80)]
 
 MEASURES = {
@@ -57,8 +60,8 @@ class Federation(Section):
     """Who takes part, and how long the coordinator waits."""
 
     name: Name = Field(description="What the members call this federation.")
-    version: int = Field(1, ge=1, description="Raised with every change of the contract.")
-    min_merchants: int = Field(
+    version: Whole = Field(1, ge=1, description="Raised with every change of the contract.")
+    min_merchants: Whole = Field(
         2,
         ge=1,
         description="Merchants that the federation counts on; `min_survivors` of them are enough "
@@ -76,13 +79,13 @@ class Feature(Section):
     kind: Literal["number", "flag", "category"] = Field(
         "number", description="`number`, `flag` (0 or 1) or `category` (one of `categories`)."
     )
-    low: float = Field(0.0, allow_inf_nan=False, description="Public lower bound (numbers).")
-    high: float = Field(1.0, allow_inf_nan=False, description="Public upper bound (numbers).")
+    low: Number = Field(0.0, allow_inf_nan=False, description="Public lower bound (numbers).")
+    high: Number = Field(1.0, allow_inf_nan=False, description="Public upper bound (numbers).")
     categories: tuple[str, ...] = Field((), description="The known values (categories).")
     transform: Literal["none", "log1p", "sqrt"] = Field(
         "none", description="Applied after clipping to the bounds and before scaling to [-1, 1]."
     )
-    missing: Literal["refuse", "indicator"] | Annotated[float, Field(allow_inf_nan=False)] = Field(
+    missing: Literal["refuse", "indicator"] | Number = Field(
         "refuse",
         description="A missing value is refused, gets an indicator input of its own, "
         "or is replaced by this public number.",
@@ -174,7 +177,7 @@ class Segments(Section):
     previous_column: str | None = Field(
         None, description="Column with last period's segment, for the free rule; optional."
     )
-    cuts: tuple[float, ...] = Field(
+    cuts: tuple[Number, ...] = Field(
         (), description="Rising spend limits between segments; one fewer than names."
     )
     actions: tuple[str, ...] = Field(
@@ -204,7 +207,7 @@ class Model(Section):
     family: Literal["mlp", "linear"] = Field(
         "mlp", description="`mlp` (multi-layer perceptron) or `linear` (softmax regression)."
     )
-    hidden: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+    hidden: tuple[Annotated[Whole, Field(ge=1, le=4096)], ...] = Field(
         (32,),
         max_length=8,  # so that no parameters that a worker accepts overflow 64-bit numbers
         description="Sizes of the hidden layers (mlp).",
@@ -230,8 +233,8 @@ class Training(Section):
     engine: Literal["fused", "opacus"] = Field(
         "fused", description="What computes the clipped gradient sum; both give the same sum."
     )
-    rounds: int = Field(60, ge=1, le=100_000, description="Number of training rounds.")
-    spare_rounds: int = Field(
+    rounds: Whole = Field(60, ge=1, le=100_000, description="Number of training rounds.")
+    spare_rounds: Whole = Field(
         2, ge=0, description="Further rounds that the budget pays for, used when a round fails."
     )
     sampling_rate: Fraction = Field(
@@ -239,8 +242,8 @@ class Training(Section):
         description="Chance of each customer to be in a step (Poisson sampling); 1 takes all. "
         "Below 1 in mode 'local' only.",
     )
-    local_steps: int = Field(1, ge=1, le=1000, description="Noisy steps a round (mode 'local').")
-    proximal: float = Field(
+    local_steps: Whole = Field(1, ge=1, le=1000, description="Noisy steps a round (mode 'local').")
+    proximal: Number = Field(
         0.0, ge=0, le=1e6, description="FedProx pull towards the round's start (mode 'local')."
     )
     optimizer: Literal["sgd", "adam", "yogi"] = Field(
@@ -256,21 +259,21 @@ class Training(Section):
     local_learning_rate: Positive = Field(
         1.0, description="Learning rate of a merchant's own steps (mode 'local')."
     )
-    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of optimizer 'sgd'.")
-    averaging: float = Field(
+    momentum: Number = Field(0.0, ge=0, lt=1, description="Momentum of optimizer 'sgd'.")
+    averaging: Number = Field(
         0.9,
         ge=0,
         lt=1,
         description="Decay of the exponential average of the model over rounds that is published; "
         "0 publishes the last model.",
     )
-    held_out: float = Field(
+    held_out: Number = Field(
         0.25,
         gt=0,
         lt=1,
         description="Share of the customers kept for evaluation, never trained on.",
     )
-    split_seed: int = Field(
+    split_seed: Whole = Field(
         0, ge=0, description="Enters the hash that decides which customers are held out."
     )
 
@@ -314,12 +317,12 @@ class Split(Section):
 class Privacy(Section):
     """The whole run's promise: (epsilon, delta) for one customer of one merchant."""
 
-    epsilon: float = Field(
+    epsilon: Number = Field(
         gt=0,
         le=100,
         description="No merchant releases more than this in one run, all releases composed.",
     )
-    delta: float = Field(
+    delta: Number = Field(
         ge=1e-12,
         le=0.01,
         description="Chance that the bound does not hold; well below 1 / customers.",
@@ -331,16 +334,18 @@ class Privacy(Section):
 class Aggregation(Section):
     """How updates are summed."""
 
-    secure: bool = Field(
+    secure: StrictBool = Field(
         False, description="Secure aggregation. Not in this version: must be false, said aloud."
     )
-    min_survivors: int | None = Field(
+    min_survivors: Whole | None = Field(
         None,
         ge=1,
         description="Fewest merchants whose answers make a valid sum; noise shares are sized for "
         "them. Default: 90 % of min_merchants, rounded down, at least 1.",
     )
-    colluders: int = Field(0, ge=0, description="Merchants whose noise shares are not counted on.")
+    colluders: Whole = Field(
+        0, ge=0, description="Merchants whose noise shares are not counted on."
+    )
 
     @field_validator("secure")
     @classmethod
@@ -356,10 +361,10 @@ class Aggregation(Section):
 class Publication(Section):
     """What leaves the run beside the model."""
 
-    evaluate_every: int = Field(
+    evaluate_every: Whole = Field(
         10, ge=1, description="A noisy evaluation after every so many rounds, and after the last."
     )
-    profiles: bool = Field(True, description="Publish noisy segment sizes and profiles.")
+    profiles: StrictBool = Field(True, description="Publish noisy segment sizes and profiles.")
 
 
 class Contract(Section):
@@ -459,8 +464,13 @@ def parse_contract(document: dict[str, Any], *, source: str) -> Contract:
 def describe(error: ValidationError, source: str) -> str:
     """Turn a pydantic error into one line for each finding: file, key, expected, got."""
     lines = []
-    for finding in error.errors(include_url=False):
-        key = ".".join(str(part) for part in finding["loc"]) or "(whole file)"
+    findings = error.errors(include_url=False)
+    for finding in findings:
+        # of an alternative's branches pydantic names each one; a list of bad items it calls short
+        parts = [str(part) for part in finding["loc"] if "[" not in str(part)]
+        key = ".".join(parts) or "(whole file)"
+        if finding["type"] == "too_short" and len(findings) > 1 and finding["input"]:
+            continue
         message = finding["msg"].removeprefix("Value error, ")
         got = finding.get("input")
         shown = f", got {got!r}" if isinstance(got, str | int | float | bool) else ""

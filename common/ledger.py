@@ -34,6 +34,8 @@ CREATE TABLE IF NOT EXISTS entry (
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS once ON entry (run, stage, round, attempt)
     WHERE kind = 'charge';
+CREATE UNIQUE INDEX IF NOT EXISTS refused_once ON entry (run, stage, round, attempt)
+    WHERE kind = 'refusal';
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entry
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entry
@@ -238,8 +240,10 @@ class Ledger:
         towards_server: Event,
         reason: str,
     ) -> None:
+        # asking again for what was refused adds no row: a server cannot fill the disk so
+        verb = "INSERT OR IGNORE" if kind == "refusal" else "INSERT"
         connection.execute(
-            "INSERT INTO entry (at, kind, run, stage, round, attempt, event, towards_server, "
+            f"{verb} INTO entry (at, kind, run, stage, round, attempt, event, towards_server, "
             "contract, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 time.time(),

@@ -125,8 +125,11 @@ class Coordinator:
             update = self._sum(UPDATE, number, optimizer.theta)
             optimizer.step(self._gradient(update))
             evaluation = None
-            if number in evaluated:
+            if number == training.rounds:
                 evaluation = self._sum(EVALUATION, number, optimizer.published)
+            elif number in evaluated:
+                evaluation = self._sum_or_nothing(EVALUATION, number, optimizer.published)
+            if evaluation is not None:
                 outcome.evaluations.append(evaluation)
             outcome.cohorts.append(len(update.parts))
             self._on_round(
@@ -134,8 +137,18 @@ class Coordinator:
             )
         outcome.parameters = optimizer.published
         if self._plan.profile is not None:
-            outcome.profile = self._sum(PROFILE, training.rounds, outcome.parameters)
+            outcome.profile = self._sum_or_nothing(PROFILE, training.rounds, outcome.parameters)
         return outcome
+
+    def _sum_or_nothing(
+        self, stage: str, number: int, parameters: Float[np.ndarray, " P"]
+    ) -> NoisySum | None:
+        """Ask for a sum that a run can do without; note why it is missing."""
+        try:
+            return self._sum(stage, number, parameters)
+        except RunError as error:
+            self._outcome.failures[f"{stage} of round {number}"] = str(error)
+            return None
 
     def _attest(self) -> None:
         """Ask every node whether it takes part; keep those that do."""
@@ -272,7 +285,7 @@ class Coordinator:
     def _gradient(self, update: NoisySum) -> Float[np.ndarray, " P"]:
         """Return the averaged gradient that the optimizer follows."""
         if self._contract.training.mode == "distributed":
-            return update.total / self._outcome.customers
+            return update.total / (self._per_merchant * len(update.parts))
         return -update.total / len(update.parts)
 
     def _spent(self) -> float:

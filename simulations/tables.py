@@ -32,7 +32,7 @@ def merchants_table(result: SimulationResult) -> Table:
     """List the merchants; of many the smallest, the largest and those that refused."""
     shown = _shown(result.merchants)
     table = Table(title="Merchants", title_justify="left", title_style="bold")
-    table.add_column("Merchant", overflow="fold", max_width=32)
+    table.add_column("Merchant", overflow="fold", min_width=11, max_width=32)
     for heading in ("Customers", "Epsilon", "Towards server", "Delta", "Noisy accuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     if any(merchant.refused is not None for merchant in shown):

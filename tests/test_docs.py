@@ -173,7 +173,7 @@ class TestCommands:
             ("hansa simulate --data none", 2),  # DataError
             ("hansa merchant check none.toml --contract good.toml", 2),  # PolicyError
             ("hansa merchant assign full none.toml --out assigned", 1),  # BundleError
-            ("hansa simulate --preset smoke --out full", 1),  # RunError
+            ("hansa simulate --preset smoke --out full", 2),  # DataError
         ],
     )
     def test_exit_codes_are_as_documented(self, line: str, code: int, tmp_path: Path) -> None:

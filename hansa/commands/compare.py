@@ -1,5 +1,6 @@
 """`hansa compare`: every method on the same customers, one table and one picture."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,14 @@ def run(choices: Choices) -> None:
         from simulations.tables import comparison_table, sizes_table
 
         epsilons = tuple(sorted(set(choices.epsilons)))
-        comparison = compare(Question(dataset, contract, epsilons, choices.seeds), status.update)
+
+        def tell(step: str) -> None:
+            if console.is_terminal:
+                status.update(step)
+            else:
+                print(step, file=sys.stderr, flush=True)
+
+        comparison = compare(Question(dataset, contract, epsilons, choices.seeds), tell)
     console.print(comparison_table(comparison))
     console.print(sizes_table(comparison))
     for sentence in (*verdict(comparison), *comparison.notes):

@@ -30,9 +30,10 @@ def run(path: Path) -> None:
         last = " (last)" if release is plan.final_evaluation else ""
         table.add_row(release.stage + last, str(release.length), sigma, str(release.times))
     console.print(table)
+    sums, server = planned_epsilon(contract), planned_epsilon_towards_server(contract)
     console.print(
-        f"Everything together: epsilon {planned_epsilon(contract):.4g} towards whoever sees sums, "
-        f"{planned_epsilon_towards_server(contract):.4g} towards the server (sums are not masked), "
-        f"at delta {contract.privacy.delta:.3g}",
+        f"Everything together, at delta {contract.privacy.delta:.3g}:\n"
+        f"epsilon {sums:.4g} towards whoever sees sums\n"
+        f"epsilon {server:.4g} towards the server (sums are not masked)",
         highlight=False,
     )

@@ -102,6 +102,11 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
 
 
 def _is_folder(data: str) -> bool:
+    """Tell a folder from a built-in data set, whose name comes first."""
+    from simulations.catalogue import CATALOGUE
+
+    if data in {entry.name for entry in CATALOGUE}:
+        return False
     return "/" in data or "\\" in data or data in {".", ".."} or Path(data).is_dir()
 
 

@@ -114,7 +114,7 @@ def test_one_merchant_lost_in_a_stage_is_survived(
 
 
 @pytest.mark.parametrize("fate", ["silent", "the node has left"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "query.profile"])
 def test_two_merchants_lost_in_a_stage_end_the_run(
     federation: Federation, tmp_path: Path, stage: str, fate: str
 ) -> None:
@@ -128,6 +128,21 @@ def test_two_merchants_lost_in_a_stage_end_the_run(
     assert isinstance(found, str)
     assert "min_survivors" in found or "the contract promises" in found
     assert ("no answer within" if fate == "silent" else fate) in found
+    check_sound(federation, found, tmp_path)
+
+
+@pytest.mark.parametrize("fate", ["silent", "the node has left"])
+def test_a_run_can_do_without_profiles(federation: Federation, tmp_path: Path, fate: str) -> None:
+    """The model is published, its segments without shares, and a note says why."""
+
+    def fault(message: Message) -> str | None:
+        lost = message.metadata.dst_node_id < 4
+        return fate if lost and message.metadata.message_type == "query.profile" else None
+
+    found = run_faulty(federation, fault, tmp_path)
+    assert isinstance(found, SimulationResult)
+    assert all(segment.share is None and not segment.profile for segment in found.segments)
+    assert any(note.startswith("profile of round") for note in found.notes)
     check_sound(federation, found, tmp_path)
 
 

@@ -158,7 +158,12 @@ class TestValues:
 
     def test_a_category_may_be_called_none(self, make_contract: MakeContract) -> None:
         """A category that looks like a word for missing is that category."""
-        plan = {"name": "plan", "kind": "category", "categories": ["None", "x"], "missing": "indicator"}
+        plan = {
+            "name": "plan",
+            "kind": "category",
+            "categories": ["None", "x"],
+            "missing": "indicator",
+        }
         frame = frame_of(plan=["None", "NA"])
         table = make_table(frame, make_contract(features=[plan]), source="frame")
         assert table.values["plan"].cat.codes.tolist() == [0, -1]

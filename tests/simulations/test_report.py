@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from common.accounting import person_table
 from common.errors import HansaError
 from simulations.report import highlights, verdict, write_comparison, write_report
 from simulations.result import Comparison, ComparisonRow, SimulationResult, Spread
+from simulations.wording import epsilon_text
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -123,7 +125,8 @@ class TestReport:
             assert figure in text
         assert "2 of 3 merchants learned to tell 4 customer segments apart" in text
         assert small_result.contract.sha256 in text
-        assert "20.4" in text
+        for row in person_table(small_result.epsilon, small_result.delta):
+            assert all(epsilon_text(value) in text for value in row[1:])
         assert "One merchant refused, so the sums hold two merchants." in text
         assert "its own cap of 0.5 would be passed" in text
 

@@ -286,7 +286,7 @@ class TestFailedRun:
     def test_no_bundle_and_no_assignments(self, run_small: RunSmall, tmp_path: Path) -> None:
         """Only the contract and the ledgers, which are spent."""
         with pytest.raises(RunError):
-            run_small(fault=lambda m: "down" if "profile" in m.metadata.message_type else None)
+            run_small(fault=lambda m: "down" if "evaluate" in m.metadata.message_type else None)
         left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
         assert left <= {"contract.toml", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"}
 
