@@ -1,0 +1,155 @@
+"""A coordinator that chooses everything it may choose so as to learn of one customer.
+
+Each test would fail without the defence that it names.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+
+from clients.app import worker_of_node
+from clients.worker import Customers, Worker, seeded_noise
+from common.contract import Contract, parse_contract, read_contract
+from common.errors import PolicyError
+from common.fixed_point import STEPS_PER_UNIT, lattice_sensitivity
+from common.ledger import Budget, Ledger
+from common.network import Network, initial_parameters, network_of
+from common.plan import UPDATE, planned_epsilon_towards_server
+from common.wire import Attest, SumRequest
+from simulations.datasets import load, write_federation
+
+CUSTOMERS = 44
+
+
+def contract_of(**sections: dict[str, Any]) -> Contract:
+    """Return a contract of ten merchants with five features and four segments."""
+    document: dict[str, Any] = {
+        "federation": {"name": "test", "min_merchants": 10},
+        "features": [{"name": f"f{i}", "low": -1.0} for i in range(5)],
+        "segments": {"names": ["a", "b", "c", "d"]},
+        "privacy": {"epsilon": 1.0, "delta": 1e-5},
+    }
+    return parse_contract({**document, **sections}, source="test")
+
+
+def worker_of(contract: Contract, folder: Path, customers: Customers, **budget: float) -> Worker:
+    """Return a worker with known noise, so that two answers can be told apart without it."""
+    ledger = Ledger(folder / "ledger.sqlite", Budget(**{"epsilon": 1.0, "delta": 1e-5, **budget}))
+    return Worker(
+        "m", contract, customers, ledger, accept_unmasked_sums=True, noise_for=seeded_noise(1, "m")
+    )
+
+
+def some_customers(count: int, seed: int = 0) -> Customers:
+    """Return customers of whom none is held out."""
+    random = np.random.default_rng(seed)
+    inputs = random.uniform(-1, 1, (count, 5))
+    return Customers(inputs, random.integers(0, 4, count), np.zeros(count, dtype=bool))
+
+
+def amplifier(network: Network, seed: int) -> np.ndarray:
+    """Return parameters under which the true gradient cancels and rounding is blown up.
+
+    The hidden layers multiply by 990,000 around one fixed point; equal weights in the last layer
+    make the propagated gradient zero up to the rounding of a matrix product.
+    """
+    random = np.random.default_rng(seed)
+    theta = np.zeros(network.size)
+    layers = network.layers(theta)
+    point = 1.0 if network.activation == "relu" else float(np.tanh(0.5))
+    layers[0][:, -1] = 1.0 if network.activation == "relu" else 0.5
+    for layer in layers[1:-1]:
+        np.fill_diagonal(layer[:, :-1], 990_000.0)
+        layer[:, -1] = -990_000.0 * point + (1.0 if network.activation == "relu" else 0.5)
+    layers[-1][:, :-1] = random.uniform(5e5, 9.9e5, network.dims[-2])
+    layers[-1][:, -1] = random.uniform(-1, 1, network.dims[-1])
+    return theta
+
+
+@pytest.mark.parametrize("engine", ["fused", "opacus"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_amplified_rounding_stays_within_the_charge(
+    tmp_path: Path, activation: str, engine: str
+) -> None:
+    """Without row-by-row products one customer moved this sum by up to 3.3 sensitivities."""
+    model = {"hidden": [32, 32, 32], "activation": activation}
+    contract = contract_of(model=model, training={"engine": engine})
+    network, customers = network_of(contract), some_customers(CUSTOMERS)
+    allowed = lattice_sensitivity(1.0, network.size) * STEPS_PER_UNIT
+    for seed in range(2):
+        request = SumRequest(
+            f"run{seed}", contract.sha256, UPDATE, 1, 0, 1.0, amplifier(network, seed)
+        )
+        whole = worker_of(contract, tmp_path / f"{seed}", customers).answer(request)
+        assert not whole.refusal
+        for missing in range(0, CUSTOMERS, 11):
+            kept = np.delete(np.arange(CUSTOMERS), missing)
+            neighbour = Customers(
+                customers.inputs[kept], customers.labels[kept], customers.held_out[kept]
+            )
+            answer = worker_of(contract, tmp_path / f"{seed}-{missing}", neighbour).answer(request)
+            moved = np.linalg.norm((whole.vector - answer.vector).astype(np.float64))
+            assert moved <= allowed
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_diverging_local_steps_answer_all_the_same(tmp_path: Path, count: int) -> None:
+    """Whether an answer comes must not tell whether there are customers."""
+    training = {"mode": "local", "local_steps": 30, "local_learning_rate": 1e9}
+    contract = contract_of(training=training)
+    worker = worker_of(contract, tmp_path, some_customers(count))
+    start = initial_parameters(contract)
+    answer = worker.answer(SumRequest("run", contract.sha256, UPDATE, 1, 0, 0.0, start))
+    assert not answer.refusal
+    assert answer.vector.shape == start.shape
+
+
+class TestCapTowardsServer:
+    """A merchant that bounds what the coordinator learns from its single messages."""
+
+    def test_attest(self, tmp_path: Path) -> None:
+        """It takes no part in a run that would show the server too much."""
+        contract = contract_of()
+        cost = planned_epsilon_towards_server(contract)
+        assert cost > 2.0
+        worker = worker_of(contract, tmp_path, some_customers(40), towards_server=2.0)
+        refusal = worker.attest(Attest("run", contract.sha256)).refusal
+        assert "towards the server, its cap is 2" in refusal
+
+    def test_charge(self, tmp_path: Path) -> None:
+        """A server that does not ask first is stopped at the cap."""
+        contract = contract_of()
+        worker = worker_of(contract, tmp_path, some_customers(40), towards_server=1.0)
+        start = initial_parameters(contract)
+        answers = [
+            worker.answer(SumRequest("run", contract.sha256, UPDATE, 1, attempt, 1.0, start))
+            for attempt in range(62)
+        ]
+        refused = [answer for answer in answers if answer.refusal]
+        assert 0 < len(refused) < 62
+        assert "towards the server" in refused[0].refusal
+
+
+def test_asking_for_ever_does_not_fill_the_ledger(tmp_path: Path) -> None:
+    """The same refused release is written down once."""
+    contract = contract_of()
+    worker = worker_of(contract, tmp_path, some_customers(4), epsilon=0.01)
+    request = SumRequest("run", contract.sha256, UPDATE, 1, 0, 1.0, initial_parameters(contract))
+    assert all("its cap is 0.01" in worker.answer(request).refusal for _ in range(5))
+    assert [entry.kind for entry in worker.ledger.entries()] == ["refusal"]
+
+
+def test_a_seed_is_for_simulations(tmp_path: Path) -> None:
+    """A merchant whose own file makes its noise guessable takes no part in a real run."""
+    folder = tmp_path / "fed"
+    write_federation(load("synthetic", preset="smoke", merchants=2), folder, seed=7)
+    (merchant,) = sorted(folder.glob("merchants/*/merchant.toml"))[:1]
+    node = {"merchant": str(merchant), "partition-id": 0}
+    with pytest.raises(PolicyError, match="noise guessable"):
+        worker_of_node(Context(1, 2, node, RecordDict(), {}))
+    simulated = Context(1, 2, {"partition-id": 0}, RecordDict(), {"federation": str(folder)})
+    contract = read_contract(folder / "contract.toml")
+    assert worker_of_node(simulated).contract == contract
