@@ -5,12 +5,10 @@ first, and the low-order bits of floating point tell nothing (Mironov 2012).
 
 Noise on the lattice. Let every merchant round its clipped sum and, separately, its Gaussian
 noise share to multiples of one step, and add the two integers. The sum over merchants is then
-an integer vector plus m rounded Gaussians. A Gaussian with standard deviation s >> 1 (in
-steps), rounded, has the probabilities of (Gaussian + uniform on [-1/2, 1/2]) at the integers,
-and convolving m of them commutes with sampling up to a factor 1 + exp(-2 pi^2 s^2): with
-s >= 1000 steps that is 10^-8,000,000. So the total noise is one Gaussian plus independent
-uniforms, which is post-processing of the Gaussian. What rounding costs is sensitivity:
-see `lattice_sensitivity`.
+an integer vector plus m rounded Gaussians. With standard deviations of at least 1000 steps and
+up to a million merchants, that law is within 10^-2,000,000 in total variation of (one Gaussian
+plus independent uniforms, rounded), which is post-processing of the Gaussian; docs/
+privacy-model.md has the proof. What rounding costs is sensitivity: see `lattice_sensitivity`.
 """
 
 import math
