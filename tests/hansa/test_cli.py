@@ -280,7 +280,7 @@ class TestContract:
         """All that a member wants to know."""
         text = hansa("contract", federation / "contract.toml").stdout
         assert read_contract(federation / "contract.toml").sha256 in text
-        for part in ("valid", "census", "update", "profile", "Everything together: epsilon 1"):
+        for part in ("valid", "census", "update", "profile", "epsilon 1 towards whoever sees sums"):
             assert part in text
 
 
