@@ -73,10 +73,10 @@ def clipped_gradient_sum(
 
 def _backward(
     network: Network,
-    weights: list[Float[np.ndarray, "out inp_1"]],
+    weights: list[Float[np.ndarray, "_ _"]],
     x: Float[np.ndarray, "B F"],
     y: Int[np.ndarray, " B"],
-) -> tuple[list[Float[np.ndarray, "B inp"]], list[Float[np.ndarray, "B out"]]]:
+) -> tuple[list[Float[np.ndarray, "B _"]], list[Float[np.ndarray, "B _"]]]:
     """Return every layer's inputs and output gradients, each row whatever the others are.
 
     Parameters come from the coordinator. It can choose them so that a customer's true gradient

@@ -14,7 +14,7 @@ import re
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -100,7 +100,7 @@ class Feature(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Feature":
         if self.kind == "category":
             self._check_category()
         elif self.categories:
@@ -154,7 +154,7 @@ class Windows(Section):
     )
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> "Windows":
         for name in ("features", "label", "previous"):
             window = getattr(self, name)
             if window is not None and not window[0] < window[1]:
@@ -185,7 +185,7 @@ class Segments(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Segments":
         if len(set(self.names)) != len(self.names):
             raise ValueError("segment names must differ from each other")
         if self.source == "spend":
@@ -215,7 +215,7 @@ class Model(Section):
     activation: Literal["relu", "tanh"] = Field("relu", description="Activation of hidden layers.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Model":
         if self.family == "mlp" and not self.hidden:
             raise ValueError("family 'mlp' needs at least one hidden layer; see family 'linear'")
         return self
@@ -278,7 +278,7 @@ class Training(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Training":
         if self.mode == "distributed":
             if self.sampling_rate != 1.0:
                 raise ValueError("mode 'distributed' takes all customers: sampling_rate must be 1")
@@ -307,7 +307,7 @@ class Split(Section):
     profiles: Fraction = Field(0.04, description="Segment sizes and profiles.")
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _whole(self) -> "Split":
         total = self.census + self.training + self.evaluation + self.profiles
         if abs(total - 1.0) > 1e-9:
             raise ValueError(f"the shares must add up to 1, got {total:.6g}")
@@ -382,7 +382,7 @@ class Contract(Section):
     publication: Publication = Field(default_factory=Publication)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Contract":
         names = [feature.name for feature in self.features]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

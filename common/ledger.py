@@ -18,6 +18,8 @@ from common.accounting import epsilon
 from common.errors import AccountingError, BudgetRefusal, LedgerError, ReplayRefusal
 from common.events import Event, from_document, merged, to_document
 
+_PATIENCE_S = 30.0  # to wait for another process that writes
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (
     seq INTEGER PRIMARY KEY,
@@ -102,7 +104,7 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection:
-                connection.executescript(_SCHEMA)
+                connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
         except (OSError, sqlite3.Error) as error:
             raise LedgerError(f"{path}: cannot be opened as a ledger ({error})") from None
         self._connection: sqlite3.Connection | None = None
@@ -260,8 +262,18 @@ class Ledger:
         )
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-        connection.execute("PRAGMA journal_mode = WAL")
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=_PATIENCE_S)
+        patience = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                # of two processes that make the file at once SQLite refuses one without waiting
+                if "locked" not in str(error) or time.monotonic() > patience:
+                    connection.close()
+                    raise
+                time.sleep(0.01)
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 

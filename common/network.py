@@ -27,7 +27,7 @@ class Network:
         """Number of parameters, P."""
         return sum(out * (inp + 1) for inp, out in zip(self.dims, self.dims[1:], strict=False))
 
-    def layers(self, theta: Float[np.ndarray, " P"]) -> list[Float[np.ndarray, "out in_1"]]:
+    def layers(self, theta: Float[np.ndarray, " P"]) -> list[Float[np.ndarray, "_ _"]]:
         """Return the layers' matrices as views into the flat vector."""
         views, start = [], 0
         for inp, out in zip(self.dims, self.dims[1:], strict=False):

@@ -241,6 +241,18 @@ class TestProcesses:
         answers = sorted(racer.communicate(timeout=60)[0].strip() for racer in racers)
         assert answers == ["lost", "won"]
 
+    def test_opened_by_many_at_once(self, path: Path) -> None:
+        """Processes that make the same new ledger wait for each other; none is refused."""
+        openers = [
+            subprocess.Popen(
+                script(path.with_name(f"{number // 4}.sqlite"), "print('open')"),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(12)
+        ]
+        assert [opener.communicate(timeout=60)[0] for opener in openers] == ["open\n"] * 12
+
     def test_kill_after_charge(self, path: Path) -> None:
         """A process killed right after a charge leaves it spent."""
         body = """
