@@ -59,9 +59,8 @@ class Budget:
 
     epsilon: float  # towards whoever sees sums
     delta: float
-    towards_server: float | None = (
-        None  # epsilon towards whoever sees single messages; None: no cap
-    )
+    # epsilon towards whoever sees single messages; None: no cap
+    towards_server: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Our accounting as an accountant of Opacus, so that Opacus' own tools can use it."""
 
-from typing import Any
-
 from opacus.accountants import IAccountant
 from opacus.accountants.registry import register_accountant
 
@@ -14,7 +12,7 @@ MECHANISM = "hansa"
 class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
     """Keep a history of Poisson-sampled steps and compose it with `common.accounting`."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # abstract in Opacus
         super().__init__()
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
@@ -36,10 +34,6 @@ class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
     def mechanism(cls) -> str:
         """Return the name under which Opacus knows this accountant."""
         return MECHANISM
-
-    def get_optimizer_hook_fn(self, sample_rate: float) -> Any:
-        """Return Opacus' hook that records every optimizer step."""
-        return super().get_optimizer_hook_fn(sample_rate)
 
 
 register_accountant(MECHANISM, HansaAccountant, force=True)

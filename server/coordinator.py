@@ -24,6 +24,7 @@ from common.plan import (
     LOCAL_STEP,
     PROFILE,
     UPDATE,
+    Release,
     evaluation_rounds,
     plan_of,
 )
@@ -213,7 +214,7 @@ class Coordinator:
             answers = self._answers(request, release.length)
             self._outcome.events.append((stage, release.event))
             if len(answers) >= self._contract.min_survivors:
-                return self._decoded(stage, number, answers)
+                return self._decoded(release, number, answers)
         raise RunError(
             f"{stage} of round {number}: only {len(answers)} merchants answered, the contract "
             f"needs {self._contract.min_survivors} (aggregation.min_survivors){self._reasons()}"
@@ -269,18 +270,15 @@ class Coordinator:
             raise WireError("field 'vector': a number is out of range")
 
     def _decoded(
-        self, stage: str, number: int, answers: dict[str, Int[np.ndarray, " P"]]
+        self, release: Release, number: int, answers: dict[str, Int[np.ndarray, " P"]]
     ) -> NoisySum:
-        release = self._plan.release_of(stage, number, self._contract.training.rounds)
-        if release is None:
-            raise RunError(f"the contract knows no stage '{stage}'")
-        local_update = stage == UPDATE and self._contract.training.mode == "local"
+        local_update = release.stage == UPDATE and self._contract.training.mode == "local"
         step = LOCAL_STEP if local_update else lattice_step(release.event.sensitivity)
         total = np.asarray(np.sum(list(answers.values()), axis=0, dtype=np.int64))
         share = release.event.noise_multiplier * release.event.sensitivity
         stddev = share * np.sqrt(len(answers) / self._contract.noise_contributors)
         parts = {merchant: from_lattice(vector, step) for merchant, vector in answers.items()}
-        return NoisySum(stage, number, from_lattice(total, step), float(stddev), parts)
+        return NoisySum(release.stage, number, from_lattice(total, step), float(stddev), parts)
 
     def _gradient(self, update: NoisySum) -> Float[np.ndarray, " P"]:
         """Return the averaged gradient that the optimizer follows."""

@@ -77,19 +77,23 @@ def compare(question: Question, on_step: Callable[[str], None]) -> Comparison:
     """
     scores: dict[tuple[str, float | None], list[Scores]] = {}
     customers: list[int] = []
-    names: tuple[str, ...] = ()
-    delta = 0.0
+    ranges: list[tuple[int, int]] = []  # training customers of a merchant in each size group
+    deltas: list[float] = []
     for seed in range(question.seeds):
         contract = question.contract.revised(training={"split_seed": seed})
         tables = tables_of(question.dataset, contract)
         merchants = _stacked(list(tables.values()), contract)
         customers.append(training_customers(list(tables.values())))
-        delta = public_delta(customers[-1])
-        contract = contract.revised(privacy={"delta": delta})
-        groups, names = _size_groups(merchants)
+        deltas.append(public_delta(customers[-1]))
+        contract = contract.revised(privacy={"delta": deltas[-1]})
+        groups, found_ranges = _size_groups(merchants)
+        ranges = [
+            (min(a[0], b[0]), max(a[1], b[1]))
+            for a, b in zip(ranges or found_ranges, found_ranges, strict=True)
+        ]
         group_of_row = groups[merchants.merchant[merchants.test]]
         for method, epsilon, probabilities in _answers(question, contract, merchants, on_step):
-            found = scores_of(merchants.y[merchants.test], probabilities, group_of_row, len(names))
+            found = scores_of(merchants.y[merchants.test], probabilities, group_of_row, len(ranges))
             scores.setdefault((method, epsilon), []).append(found)
     return Comparison(
         data=question.dataset.name,
@@ -98,8 +102,8 @@ def compare(question: Question, on_step: Callable[[str], None]) -> Comparison:
         seeds=question.seeds,
         merchants=merchants.count,
         customers=round(float(np.mean(customers))),
-        delta=delta,
-        sizes=names,
+        delta=max(deltas),
+        sizes=tuple(f"{low} to {high}" for low, high in ranges),
         rows=tuple(_row(*key, found) for key, found in scores.items()),
         notes=(question.dataset.provenance, *_notes()),
     )
@@ -116,7 +120,8 @@ def _answers(
     majority = np.bincount(merchants.y[~test], minlength=segments).argmax()
     yield "majority", None, np.eye(segments)[np.full(test.sum(), majority)]
     if merchants.previous is not None:
-        yield "last-period", None, np.eye(segments)[np.clip(merchants.previous[test], 0, None)]
+        known = merchants.previous[test]  # nothing to go by: the most common segment
+        yield "last-period", None, np.eye(segments)[np.where(known >= 0, known, majority)]
     on_step(f"{where}: every merchant alone")
     yield "alone", None, _alone(contract, merchants, private=False)
     on_step(f"{where}: all customers in one place")
@@ -238,17 +243,17 @@ def train_centrally(
     return optimizer.published
 
 
-def _size_groups(merchants: Merchants) -> tuple[Int[np.ndarray, " K"], tuple[str, ...]]:
-    """Put merchants into groups of like size; return each one's group and the groups' names."""
+def _size_groups(merchants: Merchants) -> tuple[Int[np.ndarray, " K"], list[tuple[int, int]]]:
+    """Put merchants into groups of like size; return each one's group and the groups' ranges."""
     sizes = np.bincount(merchants.merchant[~merchants.test], minlength=merchants.count)
     count = min(_SIZE_GROUPS, merchants.count)
     order = np.argsort(sizes, kind="stable")
     groups = np.zeros(merchants.count, dtype=np.int64)
-    names = []
+    ranges = []
     for number, part in enumerate(np.array_split(order, count)):
         groups[part] = number
-        names.append(f"{sizes[part].min()} to {sizes[part].max()}")
-    return groups, tuple(names)
+        ranges.append((int(sizes[part].min()), int(sizes[part].max())))
+    return groups, ranges
 
 
 def _row(method: str, epsilon: float | None, found: list[Scores]) -> ComparisonRow:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from importlib.resources import files
 
 import jsonschema
@@ -120,15 +121,39 @@ def test_merchants_are_grouped_by_size(
     """Three groups, small to large, together all merchants."""
     tables = list(tables_of(dataset, contract).values())
     merchants = _stacked(tables, contract)
-    groups, names = _size_groups(merchants)
+    groups, ranges = _size_groups(merchants)
     sizes = np.array([int((~table.held_out).sum()) for table in tables])
     assert np.bincount(groups).tolist() == [2, 2, 2]
-    for group, name in enumerate(names):
+    for group, limits in enumerate(ranges):
         own = sizes[groups == group]
-        assert name == f"{own.min()} to {own.max()}"
+        assert limits == (own.min(), own.max())
     assert sizes[groups == 0].max() <= sizes[groups == 1].min()
     assert len(comparison.sizes) == 3
     assert all(len(found.by_size) == 3 for found in comparison.rows)
+
+
+def test_sizes_cover_every_split(dataset: Dataset, contract: Contract) -> None:
+    """The names of the groups hold for all splits, not for the last one."""
+    found = compare(Question(dataset, contract, (), 3), lambda _step: None).sizes
+    for seed in range(3):
+        split = contract.revised(training={"split_seed": seed})
+        _, ranges = _size_groups(_stacked(list(tables_of(dataset, split).values()), split))
+        for name, (low, high) in zip(found, ranges, strict=True):
+            smallest, largest = map(int, name.split(" to "))
+            assert smallest <= low <= high <= largest
+
+
+def test_an_unknown_last_period_is_the_most_common_segment(
+    dataset: Dataset, contract: Contract
+) -> None:
+    """Nothing is silently counted as the first segment."""
+    column = contract.segments.previous_column
+    merchants = {
+        name: frame.assign(**{str(column): None}) for name, frame in dataset.merchants.items()
+    }
+    unknown = replace(dataset, merchants=merchants)
+    found = {r.method: r for r in compare(Question(unknown, contract, (), 1), str).rows}
+    assert found["last-period"].accuracy.mean == found["majority"].accuracy.mean
 
 
 def test_groups_make_up_the_whole(
