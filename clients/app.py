@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.worker import Worker
 from common.errors import PolicyError, RunError, WireError
-from common.wire import pack, unpack_attest, unpack_sum_request
+from common.wire import Advertise, Attest, Confirm, Reveal, Share, SumRequest, pack, unpack
 
 logger = logging.getLogger("hansa.merchant")
 
@@ -27,21 +28,24 @@ def create_app(find_worker: FindWorker) -> ClientApp:
     """Return a ClientApp whose messages are answered by the worker of their context."""
     client_app = ClientApp()
 
-    def attest(message: Message, context: Context) -> Message:
-        with _nothing_told():
-            answer = find_worker(context).attest(unpack_attest(message.content))
-        return Message(pack(answer), reply_to=message)
+    def handler(kind: type[Any], answer: str) -> Callable[[Message, Context], Message]:
+        def handle(message: Message, context: Context) -> Message:
+            with _nothing_told():
+                worker = find_worker(context)
+                reply = getattr(worker, answer)(unpack(kind, message.content))
+            return Message(pack(reply), reply_to=message)
 
-    def answer_sum(message: Message, context: Context) -> Message:
-        with _nothing_told():
-            answer = find_worker(context).answer(unpack_sum_request(message.content))
-        return Message(pack(answer), reply_to=message)
+        return handle
 
-    client_app.query("attest")(attest)
-    client_app.query("census")(answer_sum)
-    client_app.train("update")(answer_sum)
-    client_app.evaluate("confusion")(answer_sum)
-    client_app.query("profile")(answer_sum)
+    client_app.query("attest")(handler(Attest, "attest"))
+    client_app.query("advertise")(handler(Advertise, "advertise"))
+    client_app.query("share")(handler(Share, "share"))
+    client_app.query("census")(handler(SumRequest, "answer"))
+    client_app.train("update")(handler(SumRequest, "answer"))
+    client_app.evaluate("confusion")(handler(SumRequest, "answer"))
+    client_app.query("profile")(handler(SumRequest, "answer"))
+    client_app.query("confirm")(handler(Confirm, "confirm"))
+    client_app.query("reveal")(handler(Reveal, "reveal"))
     return client_app
 
 

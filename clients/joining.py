@@ -5,9 +5,13 @@ from pathlib import Path
 
 from clients.features import encode
 from clients.merchant import Merchant, read_merchant
+from clients.secure_party import SecureParty
+from clients.session_store import FileStore, MemoryStore
 from clients.table import CustomerTable, read_table
 from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.contract import Contract, read_contract
+from common.errors import IdentityError
+from common.identity import read_identity, read_members
 from common.ledger import Budget, Ledger
 
 
@@ -31,19 +35,23 @@ class Opened:
     seed: int | None  # of its noise; None for the operating system's
 
 
-def open_worker(path: Path) -> Opened:
-    """Read a merchant's file, its table and its contract.
+def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
+    """Read a merchant's file, its table, its contract and the list of members.
 
     The contract is the `contract.toml` that lies in the merchant's folder or, where the
-    merchants of a simulation share one, two folders up.
+    merchants of a simulation share one, two folders up; so is `members.toml`.
+
+    Args:
+        path: The `merchant.toml`.
+        in_memory: Keep the state of secure sums in this process, for simulations, whose
+            merchants live in one.
 
     Raises:
         HansaError: A file cannot be used; nothing is sent.
     """
     path = path.absolute()  # a relative path has no folders to go up to
     merchant = read_merchant(path)
-    own = path.parent / "contract.toml"
-    contract = read_contract(own if own.is_file() else path.parent.parent.parent / "contract.toml")
+    contract = read_contract(_pinned(path.parent, "contract.toml"))
     table = read_table(merchant, contract)
     seed = merchant.simulation.seed
     worker = Worker(
@@ -52,6 +60,36 @@ def open_worker(path: Path) -> Opened:
         customers_of(table, contract),
         Ledger(merchant.ledger.path, budget_of(merchant)),
         accept_unmasked_sums=merchant.policy.accept_unmasked_sums,
+        secure=_party(merchant, contract, path.parent, in_memory=in_memory),
         noise_for=os_noise if seed is None else seeded_noise(seed, merchant.merchant.id),
     )
     return Opened(worker, table, seed)
+
+
+def _pinned(folder: Path, name: str) -> Path:
+    """Return where a file lies that a merchant pinned: beside its own or, shared, two up."""
+    own = folder / name
+    return own if own.is_file() else folder.parent.parent / name
+
+
+def _party(
+    merchant: Merchant, contract: Contract, folder: Path, *, in_memory: bool
+) -> SecureParty | None:
+    """Return what a merchant needs for secure sums, where its contract has them.
+
+    Raises:
+        IdentityError: Its key or the list of members is missing, or they do not agree.
+    """
+    if not contract.aggregation.secure:
+        return None
+    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
+    listed = _pinned(folder, "members.toml")
+    members = read_members(listed)
+    if members.keys.get(identity.merchant) != identity.public:
+        raise IdentityError(
+            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
+            f"{merchant.merchant.key}"
+        )
+    store = MemoryStore() if in_memory else FileStore(merchant.merchant.session, identity)
+    minimum = max(contract.min_survivors, merchant.policy.min_cohort)
+    return SecureParty(identity, members, minimum, store)

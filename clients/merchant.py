@@ -12,8 +12,9 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from common.contract import Section, describe
+from common.contract import MAX_COHORT, Section, describe
 from common.errors import PolicyError
+from common.identity import MERCHANT_ID
 
 ColumnName = Annotated[str, Field(min_length=1)]
 
@@ -22,8 +23,16 @@ class Identity(Section):
     """Who the merchant is in the federation."""
 
     id: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        pattern=MERCHANT_ID,
         description="Up to 64 letters, digits, dots, underscores and hyphens.",
+    )
+    key: Path = Field(
+        Path("identity.key"),
+        description="The private key that only this merchant has, for secure sums; mode 0600.",
+    )
+    session: Path = Field(
+        Path("session.sealed"),
+        description="Where the state of a secure sum is kept between two messages, sealed.",
     )
 
 
@@ -97,6 +106,14 @@ class Policy(Section):
         description="Cap on epsilon towards whoever runs the coordinator and sees this merchant's "
         "single messages. Default: no cap beyond `accept_unmasked_sums`.",
     )
+    min_cohort: int = Field(
+        3,
+        ge=2,
+        le=MAX_COHORT,
+        strict=True,
+        description="Fewest merchants in a secure sum that this merchant helps to unmask; the "
+        "contract may ask for more, never for fewer.",
+    )
     accept_unmasked_sums: bool = Field(
         False, strict=True, description="Take part although the coordinator sees unmasked sums."
     )
@@ -132,14 +149,16 @@ class Merchant(Section):
     def located(self, folder: Path) -> "Merchant":
         """Return a copy whose relative paths are resolved against `folder`."""
         folder = folder.absolute()
-        data, ledger = self.data, self.ledger
+        data, ledger, merchant = self.data, self.ledger, self.merchant
+        paths = {"key": folder / merchant.key, "session": folder / merchant.session}
+        merchant = merchant.model_copy(update=paths)
         if data.path is not None:
             data = data.model_copy(update={"path": folder / data.path})
         if data.url is not None:
             url = _located_url(data.url.get_secret_value(), folder)
             data = data.model_copy(update={"url": SecretStr(url)})
         ledger = ledger.model_copy(update={"path": folder / ledger.path})
-        return self.model_copy(update={"data": data, "ledger": ledger})
+        return self.model_copy(update={"data": data, "ledger": ledger, "merchant": merchant})
 
 
 def read_merchant(path: Path) -> Merchant:

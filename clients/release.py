@@ -12,6 +12,7 @@ from common.errors import AccountingError
 from common.fixed_point import (
     MAX_NOISE_STEPS,
     MIN_NOISE_STEPS,
+    SMOOTHING_STEPS,
     STEPS_PER_UNIT,
     lattice_sensitivity,
     lattice_step,
@@ -27,6 +28,7 @@ def noisy_sum(
     noise_multiplier: float,
     contributors: int,
     noise: NoiseSource,
+    steps: int = STEPS_PER_UNIT,
 ) -> Int[np.ndarray, " P"]:
     """Round a sum to the lattice and add this merchant's share of the noise.
 
@@ -38,29 +40,31 @@ def noisy_sum(
         contributors: Shares that the sum holds at least (m); 1 if this merchant's noise must
             do alone.
         noise: Stream that this release draws from; no other release may use it.
+        steps: Lattice steps in one sensitivity.
 
     Returns:
-        Multiples of `lattice_step(sensitivity)`.
+        Multiples of `lattice_step(sensitivity, steps)`.
 
-    Guarantee: the sum of at least `contributors` such vectors is a Gaussian mechanism with at
-    least `noise_multiplier` (see `common.fixed_point` for the rounding).
+    Guarantee: the sum of at least `contributors` such vectors, and a single one with respect to
+    its own share, is as good as a Gaussian mechanism with `noise_multiplier` (of the sum), up to
+    a delta that never matters: docs/privacy-model.md, "Integer noise".
 
     Raises:
         AccountingError: The noise would be too fine or too coarse for the lattice argument.
     """
-    stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size)
-    share_steps = stddev / math.sqrt(contributors) / lattice_step(sensitivity)
-    if not share_steps >= MIN_NOISE_STEPS:
+    stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size, steps)
+    needed = stddev / math.sqrt(contributors) / lattice_step(sensitivity, steps)
+    share = math.hypot(needed, SMOOTHING_STEPS)
+    if not share >= MIN_NOISE_STEPS:
         raise AccountingError(
-            f"a noise share of {share_steps:.3g} lattice steps is too fine: at least "
-            f"{MIN_NOISE_STEPS:.0f} of {STEPS_PER_UNIT} steps a sensitivity are needed"
+            f"a noise share of {share:.3g} lattice steps is too fine: at least "
+            f"{MIN_NOISE_STEPS:.0f} of {steps} steps a sensitivity are needed"
         )
-    if not share_steps <= MAX_NOISE_STEPS:
+    if not share <= MAX_NOISE_STEPS:
         raise AccountingError(
-            f"a noise share of {share_steps:.3g} lattice steps is too coarse: at most "
+            f"a noise share of {share:.3g} lattice steps is too coarse: at most "
             f"{MAX_NOISE_STEPS:.3g} steps can be sent"
         )
-    shares = to_lattice(noise.normal(exact.size) * share_steps, 1.0)
-    rounded = to_lattice(exact, lattice_step(sensitivity))
-    rounded += shares
+    rounded = to_lattice(exact, lattice_step(sensitivity, steps))
+    rounded += noise.discrete_gaussian(exact.size, share)
     return rounded

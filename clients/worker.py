@@ -1,9 +1,9 @@
 """A merchant's side of a run: charge, compute, add noise, answer.
 
 The worker alone holds rows, budget and ledger. It takes from a message the run's name, the
-stage, the round, the attempt, the noisy customer average and the model's parameters, nothing
-else: clip norm, noise, rounds and stages come from the contract that this merchant pinned, the
-cap from its own policy.
+stage, the round, the attempt, the noisy customer average, the model's parameters and what a
+secure sum needs, nothing else: clip norm, noise, rounds and stages come from the contract that
+this merchant pinned, the cap from its own policy.
 """
 
 import logging
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 
 from clients.release import noisy_sum
+from clients.secure_party import SecureParty
 from clients.training import GradientSum, clipped_gradient_sum, sampled
 from common.contract import Contract
 from common.errors import (
@@ -22,16 +23,37 @@ from common.errors import (
     DataError,
     HansaError,
     LedgerError,
+    PolicyError,
     ReplayRefusal,
+    SecureSumError,
     WireError,
 )
-from common.fixed_point import MAX_SUMMANDS, from_lattice, lattice_step, to_lattice
+from common.fixed_point import (
+    MAX_SUMMANDS,
+    from_lattice,
+    lattice_step,
+    local_lattice,
+    to_lattice,
+)
 from common.ledger import Budget, Ledger, Occasion
 from common.models import validate_for_privacy
 from common.network import network_of
 from common.noise import NoiseSource
-from common.plan import CENSUS, EVALUATION, LOCAL_STEP, PROFILE, UPDATE, Release, plan_of
-from common.wire import Attest, Attested, SumAnswer, SumRequest
+from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, lattice_of, plan_of
+from common.wire import (
+    Advertise,
+    Advertised,
+    Attest,
+    Attested,
+    Confirm,
+    Confirmed,
+    Reveal,
+    Revealed,
+    Share,
+    Shared,
+    SumAnswer,
+    SumRequest,
+)
 
 logger = logging.getLogger("hansa.merchant")
 
@@ -73,14 +95,17 @@ class Worker:
         customers: Its customers.
         ledger: Its ledger, with its own cap.
         accept_unmasked_sums: Whether its policy accepts sums without secure aggregation.
+        secure: What it needs for secure sums; None where the contract has none.
         noise_for: Source of the noise of each release.
 
     Raises:
         ContractError: Opacus finds that the model cannot be trained privately.
-        DataError: There are more customers than the proof of the sensitivity covers.
+        DataError: There are more customers than the proof of the sensitivity or the contract's
+            ring covers.
+        PolicyError: The contract's sums are secure and `secure` is missing.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # three of them by name
         self,
         merchant: str,
         contract: Contract,
@@ -88,12 +113,14 @@ class Worker:
         ledger: Ledger,
         *,
         accept_unmasked_sums: bool,
+        secure: SecureParty | None = None,
         noise_for: NoiseFor = os_noise,
     ) -> None:
         self.merchant = merchant
         self.contract = contract
         self.ledger = ledger
         self._accept_unmasked_sums = accept_unmasked_sums
+        self._secure = secure
         self._noise_for = noise_for
         self._repeatable = noise_for is not os_noise
         self._plan = plan_of(contract)
@@ -109,6 +136,13 @@ class Worker:
                 f"{len(customers.labels):,} customers are more than the {MAX_SUMMANDS:,} that the "
                 "bound on summation error covers; divide them over several merchants"
             )
+        if len(customers.labels) > contract.aggregation.max_customers:
+            raise DataError(
+                f"{len(customers.labels):,} customers are more than the contract has room for "
+                f"(aggregation.max_customers = {contract.aggregation.max_customers:,})"
+            )
+        if contract.aggregation.secure and secure is None:
+            raise PolicyError("the contract's sums are secure: this merchant needs its identity")
         validate_for_privacy(self._network)
         torch.set_num_threads(1)  # small batches are slower, and not repeatable, with more
 
@@ -116,12 +150,12 @@ class Worker:
         """Say whether this merchant takes part; nothing about customers is in the answer."""
         try:
             self._check_contract(message.contract)
-            if not self._accept_unmasked_sums:
+            if not self._accepts_sums:
                 raise BudgetRefusal(
                     "this contract sums without secure aggregation and the merchant's policy "
                     "does not accept that (accept_unmasked_sums = false)"
                 )
-            contributors = self.contract.noise_contributors
+            contributors = self.contract.exposed_contributors
             self.ledger.check_affordable(
                 self._plan.events(), self._plan.events_towards_server(contributors)
             )
@@ -129,31 +163,74 @@ class Worker:
             return Attested(self.merchant, _told(refusal), self._repeatable)
         return Attested(self.merchant, "", self._repeatable)
 
+    @property
+    def _accepts_sums(self) -> bool:
+        return self.contract.aggregation.secure or self._accept_unmasked_sums
+
+    def advertise(self, message: Advertise) -> Advertised:
+        """Begin a session of secure sums; raises `WireError` where this merchant has none."""
+        self._check_contract(message.contract)
+        return Advertised(self.merchant, self._party.advertise(message))
+
+    def share(self, message: Share) -> Shared:
+        """Join a session; raises `SecureSumError` where its roster is not to be trusted."""
+        return Shared(self.merchant, self._party.share(message))
+
+    def confirm(self, message: Confirm) -> Confirmed:
+        """Vouch for who is in a sum; raises `SecureSumError` where that would be unsafe."""
+        return Confirmed(self.merchant, self._party.confirm(message))
+
+    def reveal(self, message: Reveal) -> Revealed:
+        """Help to unmask a sum; raises `SecureSumError` where that would be unsafe."""
+        shares, label, survivors = self._party.reveal(message)
+        self.ledger.note_sum(label.run, label.stage, label.round, label.attempt, survivors)
+        return Revealed(self.merchant, shares)
+
+    @property
+    def _party(self) -> SecureParty:
+        if self._secure is None or not self.contract.aggregation.secure:
+            raise WireError("this merchant's contract has no secure sums")
+        return self._secure
+
     def answer(self, request: SumRequest) -> SumAnswer:
-        """Return this merchant's noisy part of a sum, charged before it is computed."""
+        """Return this merchant's noisy part of a sum, charged before it is computed.
+
+        Raises:
+            SecureSumError: What the request brings for a secure sum is not right; nothing is
+                charged.
+        """
+        secure = self.contract.aggregation.secure
+        dtype = np.uint32 if self.contract.aggregation.ring_bits == 32 else np.uint64
         try:
             release = self._checked(request)
+            prepared = self._party.prepare(request) if secure else None
             self.ledger.charge(
                 Occasion(
                     request.run, request.stage, request.round, request.attempt, request.contract
                 ),
                 release.event,
-                release.towards_server(self.contract.noise_contributors),
+                release.towards_server(self.contract.exposed_contributors),
                 self._run_limit,
             )
+        except SecureSumError:
+            raise
         except (WireError, LedgerError) as refusal:
-            return SumAnswer(self.merchant, _told(refusal), np.zeros(0, dtype=np.int64))
+            return SumAnswer(self.merchant, _told(refusal), b"", np.zeros(0, dtype=dtype))
         noise = self._noise_for(request.stage, request.round, request.attempt)
         if request.stage == UPDATE and self.contract.training.mode == "local":
-            vector = self._local_update(release, request, noise)
+            multiples = self._local_update(release, request, noise)
         else:
-            vector = self._noisy(release, self._exact(release, request), noise)
-        return SumAnswer(self.merchant, "", vector)
+            multiples = self._noisy(release, self._exact(release, request), noise)
+        vector = lattice_of(release, self.contract).to_ring(multiples)
+        if prepared is None:
+            return SumAnswer(self.merchant, "", b"", vector)
+        masked, escrow = self._party.mask(request.session, prepared, vector)
+        return SumAnswer(self.merchant, "", escrow, masked)
 
     def _checked(self, request: SumRequest) -> Release:
         """Return the planned release that a request asks for."""
         self._check_contract(request.contract)
-        if not self._accept_unmasked_sums:
+        if not self._accepts_sums:
             raise WireError("this merchant does not accept sums without secure aggregation")
         rounds = self.contract.training.rounds
         release = self._plan.release_of(request.stage, request.round, rounds)
@@ -204,6 +281,7 @@ class Worker:
             noise_multiplier=release.event.noise_multiplier,
             contributors=self.contract.noise_contributors,
             noise=noise,
+            steps=release.steps,
         )
 
     def _local_update(
@@ -221,13 +299,17 @@ class Worker:
             rows = sampled(len(self._train[1]), training.sampling_rate, noise)
             x, y = self._train[0][rows], self._train[1][rows]
             exact = self._gradient_sum(self._network, theta, x, y, clip_norm)
-            gradient = from_lattice(self._noisy(release, exact, noise), lattice_step(clip_norm))
+            gradient = from_lattice(
+                self._noisy(release, exact, noise), lattice_step(clip_norm, release.steps)
+            )
             pull = training.proximal * (theta - start)
             with np.errstate(over="ignore", invalid="ignore"):
                 theta = theta - training.local_learning_rate * (gradient / batch + pull)
             # whether this merchant answers must not depend on its customers: never diverge
             theta = np.clip(np.nan_to_num(theta), -_MAX_PARAMETER, _MAX_PARAMETER)
-        return to_lattice(theta - start, LOCAL_STEP)
+        aggregation = self.contract.aggregation
+        lattice, bound = local_lattice(aggregation.ring_bits, self.contract.max_merchants)
+        return to_lattice(np.clip(theta - start, -bound, bound), lattice.step)
 
 
 def _told(refusal: HansaError) -> str:

@@ -22,7 +22,6 @@ from pydantic import (
     Field,
     StrictBool,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -33,6 +32,8 @@ Whole = Annotated[int, Field(strict=True)]
 Positive = Annotated[Number, Field(gt=0, le=1e9)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=80)]
+
+MAX_COHORT = 200  # merchants of one secure sum
 
 MEASURES = {
     "recency_days": "days from the last purchase to the end of the window",
@@ -335,27 +336,33 @@ class Aggregation(Section):
     """How updates are summed."""
 
     secure: StrictBool = Field(
-        False, description="Secure aggregation. Not in this version: must be false, said aloud."
+        True,
+        description="Secure aggregation: the coordinator sees sums only. `false`: it sees each "
+        "merchant's single noisy message, and every merchant must accept that in its own file.",
+    )
+    ring_bits: Literal[32, 64] = Field(
+        32,
+        description="Sums are taken modulo 2^32 or 2^64: 4 or 8 bytes a number. 64 leaves room "
+        "for more customers at a finer rounding.",
+    )
+    max_customers: Whole = Field(
+        1_000_000,
+        ge=1,
+        le=1_000_000_000_000,
+        description="Public bound on the customers of all merchants in one sum, for which the "
+        "ring keeps room. A run with more ends after the census.",
     )
     min_survivors: Whole | None = Field(
         None,
         ge=1,
         description="Fewest merchants whose answers make a valid sum; noise shares are sized for "
-        "them. Default: 90 % of min_merchants, rounded down, at least 1.",
+        "them. Default: 90 % of min_merchants, rounded down, at least 1 (2 where sums are "
+        "secure). Secure sums of more than 200 merchants are taken in equal groups, and it is "
+        "90 % of a group.",
     )
     colluders: Whole = Field(
         0, ge=0, description="Merchants whose noise shares are not counted on."
     )
-
-    @field_validator("secure")
-    @classmethod
-    def _honest(cls, value: bool) -> bool:
-        if value:
-            raise ValueError(
-                "secure aggregation is not in this version; write `secure = false` to accept that "
-                "sums are not masked"
-            )
-        return value
 
 
 class Publication(Section):
@@ -387,6 +394,8 @@ class Contract(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"features: the name '{twice[0]}' is used more than once")
+        if self.aggregation.secure:
+            self._check_secure()
         if self.min_survivors > self.federation.min_merchants:
             raise ValueError("aggregation.min_survivors is larger than federation.min_merchants")
         if self.noise_contributors < 1:
@@ -394,6 +403,18 @@ class Contract(Section):
         if self.segments.source == "spend" and self.windows is None:
             raise ValueError("segments.source = 'spend' needs a [windows] section")
         return self
+
+    def _check_secure(self) -> None:
+        if self.federation.min_merchants < 2:
+            raise ValueError(
+                "a secure sum hides nothing of a single merchant: federation.min_merchants must "
+                "be 2 or more (or aggregation.secure = false)"
+            )
+        if not 2 <= self.min_survivors <= MAX_COHORT:
+            raise ValueError(
+                f"aggregation.min_survivors must lie between 2 and {MAX_COHORT}, the most "
+                "merchants of one secure sum; more merchants are summed in groups"
+            )
 
     @property
     def inputs(self) -> int:
@@ -404,9 +425,17 @@ class Contract(Section):
     def min_survivors(self) -> int:
         """Fewest merchants whose answers make a valid sum."""
         stated = self.aggregation.min_survivors
-        return (
-            stated if stated is not None else max(1, int(self.federation.min_merchants * 9 // 10))
-        )
+        if stated is not None:
+            return stated
+        merchants, fewest = self.federation.min_merchants, 1
+        if self.aggregation.secure:
+            merchants, fewest = merchants // -(-merchants // MAX_COHORT), 2
+        return max(fewest, merchants * 9 // 10)
+
+    @property
+    def max_merchants(self) -> int:
+        """Most merchants of a run, for which the ring keeps room."""
+        return max(MAX_COHORT, 4 * self.federation.min_merchants)
 
     @property
     def noise_contributors(self) -> int:
@@ -414,6 +443,14 @@ class Contract(Section):
         if self.training.mode == "local":
             return 1
         return self.min_survivors - self.aggregation.colluders
+
+    @property
+    def exposed_contributors(self) -> int:
+        """Shares that the noise is divided into as far as the coordinator sees single messages.
+
+        One where sums are secure: the coordinator sees what everybody may see.
+        """
+        return 1 if self.aggregation.secure else self.noise_contributors
 
     @property
     def sha256(self) -> str:

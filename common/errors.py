@@ -4,7 +4,9 @@
     ├── ContractError     a contract file, or a value in it, cannot be used
     ├── PolicyError       a merchant's own file (merchant.toml) cannot be used
     ├── DataError         a customer table, or a built-in data set, cannot be used
+    ├── IdentityError     a key, or the list of enrolled members, cannot be used
     ├── WireError         a message is not what the protocol says
+    │   └── SecureSumError a message breaks a rule that keeps single vectors hidden
     ├── LedgerError       the ledger cannot be read or written
     │   ├── BudgetRefusal a charge would pass the merchant's cap
     │   └── ReplayRefusal a release was asked for a second time
@@ -35,6 +37,14 @@ class DataError(HansaError):
 
 class WireError(HansaError):
     """A message is not what the protocol says."""
+
+
+class IdentityError(HansaError):
+    """A key, or the list of enrolled members, cannot be used."""
+
+
+class SecureSumError(WireError):
+    """A message breaks a rule that keeps single vectors hidden; nothing was sent for it."""
 
 
 class LedgerError(HansaError):

@@ -38,6 +38,18 @@ CREATE UNIQUE INDEX IF NOT EXISTS once ON entry (run, stage, round, attempt)
     WHERE kind = 'charge';
 CREATE UNIQUE INDEX IF NOT EXISTS refused_once ON entry (run, stage, round, attempt)
     WHERE kind = 'refusal';
+CREATE TABLE IF NOT EXISTS secure_sum (
+    run TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    survivors INTEGER NOT NULL,
+    PRIMARY KEY (run, stage, round, attempt)
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS sum_no_update BEFORE UPDATE ON secure_sum
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS sum_no_delete BEFORE DELETE ON secure_sum
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entry
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entry
@@ -198,6 +210,29 @@ class Ledger:
             )
             for row in rows
         ]
+
+    def note_sum(self, run: str, stage: str, number: int, attempt: int, survivors: int) -> None:
+        """Write down how many merchants' noise is in a secure sum that this one helped unmask.
+
+        What was charged stays charged: the charge counts on the fewest survivors. The number
+        tells what noise was achieved. A second note for the same sum is ignored.
+
+        Raises:
+            LedgerError: The file cannot be written.
+        """
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO secure_sum VALUES (?, ?, ?, ?, ?)",
+                (run, stage, number, attempt, survivors),
+            )
+
+    def survivors(self, run: str) -> dict[tuple[str, int, int], int]:
+        """Return (stage, round, attempt) -> merchants in the sum, for the secure sums of a run."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "SELECT stage, round, attempt, survivors FROM secure_sum WHERE run = ?", (run,)
+            ).fetchall()
+        return {(stage, number, attempt): found for stage, number, attempt, found in rows}
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""

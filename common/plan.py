@@ -11,11 +11,19 @@ from functools import lru_cache
 
 from common.accounting import epsilon, mu_for, sampled_noise_multiplier
 from common.contract import Contract
+from common.errors import AccountingError
 from common.events import Event, GaussianSum, PoissonGaussianSum
+from common.fixed_point import (
+    MIN_NOISE_STEPS,
+    STEPS_PER_UNIT,
+    Lattice,
+    lattice_step,
+    local_lattice,
+    ring_steps,
+)
 from common.network import network_of
 
 CENSUS, UPDATE, EVALUATION, PROFILE = "census", "update", "evaluation", "profile"
-LOCAL_STEP = 2.0**-30  # lattice of a local model update, in the unit of the parameters
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Release:
     event: Event  # towards whoever sees sums
     length: int  # numbers in the vector
     times: int  # how often the plan pays for it
+    steps: int  # lattice steps in one sensitivity
 
     def towards_server(self, contributors: int) -> Event:
         """Return the event towards whoever sees this merchant's single vector."""
@@ -87,7 +96,7 @@ def plan_of(contract: Contract) -> Plan:
     Poisson-sampled training Opacus finds the training's noise multiplier for what is left.
 
     Raises:
-        AccountingError: No noise reaches the contract's epsilon.
+        AccountingError: No noise reaches the contract's epsilon, or the ring has no room for it.
     """
     privacy, training = contract.privacy, contract.training
     split = privacy.split
@@ -98,7 +107,8 @@ def plan_of(contract: Contract) -> Plan:
 
     def gaussian(stage: str, part: float, count: int, sensitivity: float, length: int) -> Release:
         sigma = math.sqrt(max(count, 1) / (part * total))
-        return Release(stage, GaussianSum(sigma, sensitivity), length, count)
+        steps = _steps(contract, sigma)
+        return Release(stage, GaussianSum(sigma, sensitivity), length, count, steps)
 
     census = gaussian(CENSUS, split.census, 1, 1.0, 1)
     evaluation = gaussian(EVALUATION, split.evaluation - share or share, times, 1.0, segments**2)
@@ -124,9 +134,41 @@ def plan_of(contract: Contract) -> Plan:
             sigma, privacy.clip_norm, training.sampling_rate, training.local_steps
         )
     update = Release(
-        UPDATE, event, network_of(contract).size, training.rounds + training.spare_rounds
+        UPDATE,
+        event,
+        network_of(contract).size,
+        training.rounds + training.spare_rounds,
+        # in mode local, noise stays at the merchant and no ring limits its lattice
+        STEPS_PER_UNIT if training.mode == "local" else _steps(contract, event.noise_multiplier),
     )
     return Plan(census, update, evaluation, final, profile_or_none)
+
+
+def _steps(contract: Contract, noise_multiplier: float) -> int:
+    """Return the lattice steps in one sensitivity of a sum that travels in the ring."""
+    aggregation, contributors = contract.aggregation, contract.noise_contributors
+    steps = ring_steps(
+        aggregation.ring_bits,
+        aggregation.max_customers,
+        noise_multiplier,
+        math.sqrt(contract.max_merchants / contributors),
+    )
+    share = noise_multiplier / math.sqrt(contributors) * steps
+    if share < MIN_NOISE_STEPS:
+        raise AccountingError(
+            f"with aggregation.max_customers = {aggregation.max_customers} a ring of "
+            f"{aggregation.ring_bits} bits leaves {share:.3g} steps for a noise share, "
+            f"{MIN_NOISE_STEPS:g} are needed; lower it, or set aggregation.ring_bits = 64"
+        )
+    return steps
+
+
+def lattice_of(release: Release, contract: Contract) -> Lattice:
+    """Return how the numbers of a release travel."""
+    ring_bits = contract.aggregation.ring_bits
+    if release.stage == UPDATE and contract.training.mode == "local":
+        return local_lattice(ring_bits, contract.max_merchants)[0]
+    return Lattice(lattice_step(release.event.sensitivity, release.steps), ring_bits)
 
 
 def planned_epsilon(contract: Contract) -> float:
@@ -136,7 +178,7 @@ def planned_epsilon(contract: Contract) -> float:
 
 def planned_epsilon_towards_server(contract: Contract) -> float:
     """Return epsilon of the whole plan towards whoever sees a merchant's single messages."""
-    events = plan_of(contract).events_towards_server(contract.noise_contributors)
+    events = plan_of(contract).events_towards_server(contract.exposed_contributors)
     return epsilon(events, contract.privacy.delta)
 
 

@@ -2,17 +2,23 @@
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from jaxtyping import Float, Int
 
 from common.errors import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 _MAX_TEXT = 1000
+_MAX_BYTES = 2**20  # of one field; the largest, an escrow, has 136 bytes a merchant
+_MAX_PARTS = 1000  # of a list
 _CONFIG, _ARRAYS, _VECTOR = "hansa", "hansa.arrays", "vector"
+
+Parameters = np.ndarray[Any, np.dtype[np.float64]]  # of a model
+RingVector = np.ndarray[Any, np.dtype[np.uint32]]  # or uint64: lattice steps modulo the ring
+Record = RecordDict
+_DTYPES: dict[Any, tuple[str, ...]] = {Parameters: ("float64",), RingVector: ("uint32", "uint64")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,39 @@ class Attested:
 
 
 @dataclass(frozen=True)
+class Advertise:
+    """Coordinator to merchant: begin a session of secure sums."""
+
+    run: str
+    contract: str  # SHA-256
+    session: int
+
+
+@dataclass(frozen=True)
+class Advertised:
+    """The merchant's keys for the session."""
+
+    merchant: str
+    advert: bytes
+
+
+@dataclass(frozen=True)
+class Share:
+    """Coordinator to merchant: everybody's keys; deal your shares."""
+
+    session: int
+    roster: list[bytes]  # adverts, in order
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the merchant leaves with the others for the first step."""
+
+    merchant: str
+    escrow: bytes
+
+
+@dataclass(frozen=True)
 class SumRequest:
     """Coordinator to merchant: your part of one noisy sum."""
 
@@ -42,7 +81,11 @@ class SumRequest:
     round: int
     attempt: int
     customers_per_merchant: float  # from the census, noisy; 0 before it
-    parameters: Float[np.ndarray, " P"]
+    session: int  # the last four are of a secure sum; 0 and empty for a plain one
+    step: int
+    active: bytes
+    boxes: bytes
+    parameters: Parameters
 
 
 @dataclass(frozen=True)
@@ -51,64 +94,90 @@ class SumAnswer:
 
     merchant: str
     refusal: str
-    vector: Int[np.ndarray, " P"]
+    escrow: bytes  # for the next step of a session; empty for a plain sum
+    vector: RingVector
 
 
-def pack(message: Attest | Attested | SumRequest | SumAnswer) -> RecordDict:
+@dataclass(frozen=True)
+class Confirm:
+    """Coordinator to merchant: whose vectors are in the sum."""
+
+    session: int
+    step: int
+    survivors: bytes
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The merchant's confirmations for the other survivors."""
+
+    merchant: str
+    confirmations: bytes
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """Coordinator to merchant: the others' confirmations; reveal your shares."""
+
+    session: int
+    step: int
+    confirmed: bytes
+    confirmations: bytes
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """The merchant's shares of the step's secrets."""
+
+    merchant: str
+    shares: bytes
+
+
+WireMessage = (
+    Attest | Attested | Advertise | Advertised | Share | Shared
+    | SumRequest | SumAnswer | Confirm | Confirmed | Reveal | Revealed
+)  # fmt: skip
+M = TypeVar(
+    "M", Attest, Attested, Advertise, Advertised, Share, Shared,
+    SumRequest, SumAnswer, Confirm, Confirmed, Reveal, Revealed,
+)  # fmt: skip
+
+
+_HINTS: dict[str, dict[str, Any]] = {
+    kind.__name__: get_type_hints(kind) for kind in get_args(WireMessage)
+}
+
+
+def pack(message: WireMessage) -> RecordDict:
     """Return the message as a Flower record."""
-    config: dict[str, str | int | float] = {"protocol": PROTOCOL, "type": type(message).__name__}
+    config: dict[str, Any] = {"protocol": PROTOCOL, "type": type(message).__name__}
     arrays: dict[str, Array] = {}
     for name, value in vars(message).items():
         if isinstance(value, np.ndarray):
             arrays[_VECTOR] = Array(value)
         else:
             config[name] = value
-    records = RecordDict({_CONFIG: ConfigRecord(config)})  # type: ignore[arg-type]
+    records = RecordDict({_CONFIG: ConfigRecord(config)})
     if arrays:
         records[_ARRAYS] = ArrayRecord(arrays)
     return records
 
 
-def unpack_attest(content: RecordDict) -> Attest:
-    """Read an `Attest`.
+def unpack(kind: type[M], content: RecordDict) -> M:
+    """Read a message of one kind.
 
     Raises:
-        WireError: Another protocol version, a missing field or a wrong type; names the field.
+        WireError: Another protocol version, a missing field, a wrong type, size or value; names
+            the field.
     """
-    config = _config(content, "Attest")
-    return Attest(_text(config, "run"), _text(config, "contract"))
-
-
-def unpack_attested(content: RecordDict) -> Attested:
-    """Read an `Attested`; raises `WireError` like `unpack_attest`."""
-    config = _config(content, "Attested")
-    repeatable = config.get("repeatable")
-    if not isinstance(repeatable, bool):
-        raise WireError("field 'repeatable': expected true or false")
-    return Attested(_text(config, "merchant"), _text(config, "refusal"), repeatable)
-
-
-def unpack_sum_request(content: RecordDict) -> SumRequest:
-    """Read a `SumRequest`; raises `WireError` like `unpack_attest`."""
-    config = _config(content, "SumRequest")
-    per_merchant = config.get("customers_per_merchant")
-    if not isinstance(per_merchant, float) or not 0 <= per_merchant < float("inf"):
-        raise WireError("field 'customers_per_merchant': expected a finite number >= 0")
-    return SumRequest(
-        _text(config, "run"),
-        _text(config, "contract"),
-        _text(config, "stage"),
-        _whole(config, "round"),
-        _whole(config, "attempt"),
-        per_merchant,
-        _vector(content, "float64"),
-    )
-
-
-def unpack_sum_answer(content: RecordDict) -> SumAnswer:
-    """Read a `SumAnswer`; raises `WireError` like `unpack_attest`."""
-    config = _config(content, "SumAnswer")
-    return SumAnswer(_text(config, "merchant"), _text(config, "refusal"), _vector(content, "int64"))
+    config = _config(content, kind.__name__)
+    values: dict[str, Any] = {}
+    for name, hint in _HINTS[kind.__name__].items():
+        dtypes = _DTYPES.get(hint)
+        values[name] = (
+            _vector(content, dtypes) if dtypes else _READERS[hint](config.get(name), name)
+        )
+    return kind(**values)
 
 
 def _config(content: RecordDict, expected: str) -> dict[str, Any]:
@@ -126,8 +195,7 @@ def _config(content: RecordDict, expected: str) -> dict[str, Any]:
     return config
 
 
-def _text(config: dict[str, Any], name: str) -> str:
-    value = config.get(name)
+def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise WireError(f"field '{name}': expected a text")
     if len(value) > _MAX_TEXT:
@@ -135,30 +203,67 @@ def _text(config: dict[str, Any], name: str) -> str:
     return value
 
 
-def _whole(config: dict[str, Any], name: str) -> int:
-    value = config.get(name)
+def _whole(value: object, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise WireError(f"field '{name}': expected a whole number >= 0")
     return value
 
 
-def _vector(content: RecordDict, dtype: str) -> np.ndarray:
+def _number(value: object, name: str) -> float:
+    if not isinstance(value, float) or not 0 <= value < float("inf"):
+        raise WireError(f"field '{name}': expected a finite number >= 0")
+    return value
+
+
+def _truth(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise WireError(f"field '{name}': expected true or false")
+    return value
+
+
+def _bytes(value: object, name: str) -> bytes:
+    if not isinstance(value, bytes):
+        raise WireError(f"field '{name}': expected bytes")
+    if len(value) > _MAX_BYTES:
+        raise WireError(f"field '{name}': expected at most {_MAX_BYTES} bytes")
+    return value
+
+
+def _parts(value: object, name: str) -> list[bytes]:
+    if not isinstance(value, list) or len(value) > _MAX_PARTS:
+        raise WireError(f"field '{name}': expected a list of at most {_MAX_PARTS}")
+    return [_bytes(part, name) for part in value]
+
+
+_READERS: dict[Any, Any] = {
+    str: _text,
+    int: _whole,
+    float: _number,
+    bool: _truth,
+    bytes: _bytes,
+    list[bytes]: _parts,
+}
+
+
+def _vector(content: RecordDict, dtypes: tuple[str, ...]) -> np.ndarray:
     record = content.get(_ARRAYS)
     if not isinstance(record, ArrayRecord) or list(record) != [_VECTOR]:
         raise WireError(f"field '{_VECTOR}': expected one array")
     array = record[_VECTOR]
-    if array.dtype != dtype or len(array.shape) != 1 or array.stype != "numpy.ndarray":
-        raise WireError(f"field '{_VECTOR}': expected one axis of {dtype}")
-    length = array.shape[0]
+    if array.dtype not in dtypes or len(array.shape) != 1 or array.stype != "numpy.ndarray":
+        raise WireError(f"field '{_VECTOR}': expected one axis of {' or '.join(dtypes)}")
+    length, dtype = array.shape[0], np.dtype(array.dtype)
     header = _npy_header(length, dtype)
-    if len(array.data) != len(header) + 8 * length or not array.data.startswith(header):
+    if len(array.data) != len(header) + dtype.itemsize * length or not array.data.startswith(
+        header
+    ):
         raise WireError(f"field '{_VECTOR}': the bytes and their description differ")
     return np.frombuffer(array.data, dtype=dtype, offset=len(header)).copy()
 
 
-def _npy_header(length: int, dtype: str) -> bytes:
+def _npy_header(length: int, dtype: np.dtype[Any]) -> bytes:
     """Return how numpy starts a vector's file: hostile headers are compared, never parsed."""
     header = io.BytesIO()
-    description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
+    description = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()

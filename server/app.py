@@ -1,8 +1,9 @@
 """The Flower ServerApp: reads the contract, runs the coordinator, publishes the bundle.
 
 Run configuration: `contract` (path of the contract file) or `federation` (a folder that holds
-`contract.toml`), and `out` (folder of the bundle; default `bundle` beside the contract). Nothing
-in it can change what a merchant spends.
+`contract.toml`), and `out` (folder of the bundle; default `bundle` beside the contract). The list
+of enrolled members, `members.toml`, lies beside the contract. Nothing in either can change what a
+merchant spends, or whom it is summed with.
 """
 
 import json
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.contract import Contract, read_contract
 from common.errors import RunError
+from common.identity import read_members
 from server.coordinator import Coordinator, Outcome, RoundReport
 
 
@@ -42,7 +44,10 @@ def create_app(
     def main(grid: Grid, context: Context) -> None:
         contract_path, folder = _paths(context)
         contract = read_contract(contract_path)
-        outcome = Coordinator(grid, contract, on_round).run()
+        members = None
+        if contract.aggregation.secure:
+            members = read_members(contract_path.parent / "members.toml")
+        outcome = Coordinator(grid, contract, on_round, members).run()
         on_outcome(outcome, contract, folder)
 
     return server_app

@@ -1,7 +1,7 @@
 """The run: attest, census, training rounds, evaluations, profiles.
 
-The coordinator sees noisy sums only (and, until secure aggregation lands, each merchant's
-single noisy vector). It never asks for, and never receives, an exact figure.
+The coordinator sees noisy sums only (where the contract says `secure = false`, each merchant's
+single noisy vector too). It never asks for, and never receives, an exact figure.
 """
 
 import secrets
@@ -10,54 +10,41 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.serverapp import Grid
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from common.accounting import epsilon
 from common.contract import Contract
 from common.errors import RunError, WireError
 from common.events import Event
-from common.fixed_point import from_lattice, lattice_step
+from common.fixed_point import Lattice, from_lattice, lattice_sensitivity
+from common.identity import Members
 from common.network import initial_parameters
 from common.plan import (
     CENSUS,
     EVALUATION,
-    LOCAL_STEP,
     PROFILE,
     UPDATE,
     Release,
     evaluation_rounds,
+    lattice_of,
     plan_of,
 )
-from common.wire import (
-    Attest,
-    Attested,
-    SumAnswer,
-    SumRequest,
-    pack,
-    unpack_attested,
-    unpack_sum_answer,
-)
+from common.wire import Attest, Attested, SumRequest, pack, unpack
+from server.cohort import Cohort
 from server.optimizers import Optimizer
-from server.stages import run_stage
-
-MESSAGE_TYPES = {
-    CENSUS: "query.census",
-    UPDATE: "train.update",
-    EVALUATION: "evaluate.confusion",
-    PROFILE: "query.profile",
-}
-_LIMIT = 2**53  # of a number in an answer, in lattice steps
+from server.sums import Ask, LatticeSum, PlainSums, SecureSums
 
 
 @dataclass(frozen=True)
 class NoisySum:
-    """A decoded sum over the merchants that answered, and the parts it was made of."""
+    """A decoded sum over the merchants that answered."""
 
     stage: str
     round: int
     total: Float[np.ndarray, " P"]
     stddev: float  # of the noise in each number of `total`
-    parts: dict[str, Float[np.ndarray, " P"]]  # merchant -> its noisy part
+    merchants: tuple[str, ...]
+    parts: dict[str, Float[np.ndarray, " P"]]  # merchant -> its noisy part; plain sums only
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,8 @@ class Outcome:
     refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
     failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
     events: list[tuple[str, Event]] = field(default_factory=list)  # (stage, event) asked for
+    # merchants in the smallest part that was summed apart, event by event; None: none came of it
+    survivors: list[int | None] = field(default_factory=list)
     merchants: list[str] = field(default_factory=list)
     repeatable: bool = False  # a merchant's noise was seeded: not for release
 
@@ -95,19 +84,36 @@ class Coordinator:
         grid: Where the merchants' nodes are reached.
         contract: The contract of the run.
         on_round: Called after every training round.
+        members: Who is enrolled; needed for secure sums.
+
+    Raises:
+        RunError: The contract's sums are secure and nobody is said to be enrolled.
     """
 
     def __init__(
-        self, grid: Grid, contract: Contract, on_round: Callable[[RoundReport], None]
+        self,
+        grid: Grid,
+        contract: Contract,
+        on_round: Callable[[RoundReport], None],
+        members: Members | None = None,
     ) -> None:
-        self._grid = grid
         self._contract = contract
         self._sha256 = contract.sha256
         self._on_round = on_round
         self._plan = plan_of(contract)
-        self._members: dict[int, str] = {}  # node -> merchant
         self._per_merchant = 0.0  # noisy training customers of a merchant, from the census
         self._outcome = Outcome(secrets.token_hex(8), initial_parameters(contract), 0.0)
+        self._cohort = Cohort(
+            grid,
+            contract.federation.round_timeout_s,
+            refusals=self._outcome.refusals,
+            failures=self._outcome.failures,
+        )
+        self._ask: Ask = PlainSums(self._cohort, contract).ask
+        if contract.aggregation.secure:
+            if members is None:
+                raise RunError("secure sums need the list of enrolled members (members.toml)")
+            self._ask = SecureSums(self._cohort, contract, members, self._outcome.run).ask
 
     def run(self) -> Outcome:
         """Carry out the whole contract.
@@ -119,7 +125,8 @@ class Coordinator:
         self._attest()
         census = self._sum(CENSUS, 0, outcome.parameters)
         outcome.customers = max(float(census.total[0]), 1.0)
-        self._per_merchant = outcome.customers / len(census.parts)
+        self._check_room(census)
+        self._per_merchant = outcome.customers / len(census.merchants)
         optimizer = Optimizer(training, outcome.parameters)
         evaluated = set(evaluation_rounds(self._contract))
         for number in range(1, training.rounds + 1):
@@ -132,9 +139,11 @@ class Coordinator:
                 evaluation = self._sum_or_nothing(EVALUATION, number, optimizer.published)
             if evaluation is not None:
                 outcome.evaluations.append(evaluation)
-            outcome.cohorts.append(len(update.parts))
+            outcome.cohorts.append(len(update.merchants))
             self._on_round(
-                RoundReport(number, training.rounds, len(update.parts), self._spent(), evaluation)
+                RoundReport(
+                    number, training.rounds, len(update.merchants), self._spent(), evaluation
+                )
             )
         outcome.parameters = optimizer.published
         if self._plan.profile is not None:
@@ -151,55 +160,69 @@ class Coordinator:
             self._outcome.failures[f"{stage} of round {number}"] = str(error)
             return None
 
+    def _check_room(self, census: NoisySum) -> None:
+        """End the run where sums could be larger than the ring."""
+        aggregation, held_out = self._contract.aggregation, self._contract.training.held_out
+        if (census.total[0] + 6 * census.stddev) / (1 - held_out) > aggregation.max_customers:
+            raise RunError(
+                f"the federation has about {census.total[0]:,.0f} training customers (noisy); the "
+                f"contract has room for {aggregation.max_customers:,} customers "
+                "(aggregation.max_customers)"
+            )
+
     def _attest(self) -> None:
         """Ask every node whether it takes part; keep those that do."""
-        nodes = sorted(self._grid.get_node_ids())
+        cohort = self._cohort
+        nodes = sorted(cohort.grid.get_node_ids())
         content = pack(Attest(self._outcome.run, self._sha256))
-        result = run_stage(self._grid, "query.attest", lambda: content, nodes, self._timeout_s)
-        self._note_failures(result.errors, result.silent)
         refusals: dict[int, Attested] = {}
-        for node, record in result.contents.items():
+        for node, record in cohort.ask("query.attest", dict.fromkeys(nodes, content)).items():
             try:
-                answer = unpack_attested(record)
+                answer = unpack(Attested, record)
             except WireError as error:
-                self._outcome.failures[f"node {node}"] = str(error)
+                cohort.failures[f"node {node}"] = str(error)
                 continue
             if answer.refusal:
                 refusals[node] = answer
-            elif answer.merchant in self._members.values():
-                self._outcome.failures[f"node {node}"] = (
+            elif answer.merchant in cohort.members.values():
+                cohort.failures[f"node {node}"] = (
                     f"a second node called itself '{answer.merchant}'; it was left out"
                 )
+            elif len(cohort.members) == self._contract.max_merchants:
+                cohort.failures[f"node {node}"] = (
+                    f"the contract has room for {self._contract.max_merchants} merchants; it was "
+                    "left out"
+                )
             else:
-                self._members[node] = answer.merchant
+                cohort.members[node] = answer.merchant
                 self._outcome.repeatable |= answer.repeatable
         self._note_refusals(refusals)
         needed = self._contract.min_survivors
-        if len(self._members) < needed:
+        if len(cohort.members) < needed:
             raise RunError(
-                f"{len(self._members)} of {len(nodes)} merchants take part, the contract needs "
-                f"{needed} (aggregation.min_survivors){self._reasons()}"
+                f"{len(cohort.members)} of {len(nodes)} merchants take part, the contract needs "
+                f"{needed} (aggregation.min_survivors){cohort.reasons()}"
             )
-        self._outcome.merchants = sorted(self._members.values())
+        self._outcome.merchants = sorted(cohort.members.values())
 
     def _note_refusals(self, refusals: dict[int, Attested]) -> None:
         """Keep the reasons; a refusal in the name of one that takes part is its node's own."""
         for node, answer in refusals.items():
-            if answer.merchant in self._members.values():
-                self._outcome.failures[f"node {node}"] = (
+            if answer.merchant in self._cohort.members.values():
+                self._cohort.failures[f"node {node}"] = (
                     f"refused in the name of '{answer.merchant}', which takes part"
                 )
             else:
-                self._outcome.refusals[answer.merchant] = answer.refusal
+                self._cohort.refusals[answer.merchant] = answer.refusal
 
     def _sum(self, stage: str, number: int, parameters: Float[np.ndarray, " P"]) -> NoisySum:
-        """Ask for one sum; a sum of too few parts is thrown away and asked for anew."""
+        """Ask for one sum; where too few answer, it is asked for anew, with fresh noise."""
         release = self._plan.release_of(stage, number, self._contract.training.rounds)
         if release is None:
             raise RunError(f"the contract knows no stage '{stage}'")
-        answers: dict[str, Int[np.ndarray, " P"]] = {}
+        lattice = lattice_of(release, self._contract)
         for attempt in range(self._contract.training.spare_rounds + 1):
-            if len(self._members) < self._contract.min_survivors:
+            if len(self._cohort.members) < self._contract.min_survivors:
                 break  # nobody pays for an attempt that cannot succeed
             self._check_affordable(stage, number, release.event)
             request = SumRequest(
@@ -209,15 +232,21 @@ class Coordinator:
                 number,
                 attempt,
                 self._per_merchant,
+                0,
+                0,
+                b"",
+                b"",
                 parameters,
             )
-            answers = self._answers(request, release.length)
+            found = self._ask(request, release.length, lattice)
             self._outcome.events.append((stage, release.event))
-            if len(answers) >= self._contract.min_survivors:
-                return self._decoded(release, number, answers)
+            self._outcome.survivors.append(None if found is None else found.fewest)
+            if found is not None:
+                return self._decoded(release, number, found, lattice)
         raise RunError(
-            f"{stage} of round {number}: only {len(answers)} merchants answered, the contract "
-            f"needs {self._contract.min_survivors} (aggregation.min_survivors){self._reasons()}"
+            f"{stage} of round {number}: too few merchants answered, the contract needs "
+            f"{self._contract.min_survivors} (aggregation.min_survivors)"
+            f"{self._cohort.reasons()}"
         )
 
     def _check_affordable(self, stage: str, number: int, event: Event) -> None:
@@ -227,86 +256,24 @@ class Coordinator:
         if after > promised * (1 + 1e-9):
             raise RunError(
                 f"{stage} of round {number}: after failed attempts the run would reach epsilon "
-                f"{after:.4g}, the contract promises {promised:.4g}{self._reasons()}"
+                f"{after:.4g}, the contract promises {promised:.4g}{self._cohort.reasons()}"
             )
 
-    def _answers(self, request: SumRequest, length: int) -> dict[str, Int[np.ndarray, " P"]]:
-        """Return the usable vectors by merchant; note why others are missing."""
-        content = pack(request)
-        result = run_stage(
-            self._grid,
-            MESSAGE_TYPES[request.stage],
-            lambda: content,
-            sorted(self._members),
-            self._timeout_s,
-        )
-        self._note_failures(result.errors, result.silent)
-        answers = {}
-        for node, record in sorted(result.contents.items()):
-            merchant = self._members[node]
-            try:
-                answer = unpack_sum_answer(record)
-                self._check_answer(answer, merchant, length)
-            except WireError as error:
-                self._outcome.failures[merchant] = str(error)
-                continue
-            if answer.refusal:
-                self._outcome.refusals[merchant] = answer.refusal
-                del self._members[node]
-            else:
-                answers[merchant] = answer.vector
-        return answers
-
-    @staticmethod
-    def _check_answer(answer: SumAnswer, merchant: str, length: int) -> None:
-        if answer.merchant != merchant:
-            raise WireError("field 'merchant': differs from what the node attested")
-        if answer.refusal:
-            return
-        if answer.vector.shape != (length,):
-            raise WireError(f"field 'vector': expected {length} numbers")
-        # not by np.abs: that of the smallest int64 is itself
-        if not np.all((answer.vector > -_LIMIT) & (answer.vector < _LIMIT)):
-            raise WireError("field 'vector': a number is out of range")
-
     def _decoded(
-        self, release: Release, number: int, answers: dict[str, Int[np.ndarray, " P"]]
+        self, release: Release, number: int, found: LatticeSum, lattice: Lattice
     ) -> NoisySum:
-        local_update = release.stage == UPDATE and self._contract.training.mode == "local"
-        step = LOCAL_STEP if local_update else lattice_step(release.event.sensitivity)
-        total = np.asarray(np.sum(list(answers.values()), axis=0, dtype=np.int64))
-        share = release.event.noise_multiplier * release.event.sensitivity
-        stddev = share * np.sqrt(len(answers) / self._contract.noise_contributors)
-        parts = {merchant: from_lattice(vector, step) for merchant, vector in answers.items()}
-        return NoisySum(release.stage, number, from_lattice(total, step), float(stddev), parts)
+        sensitivity = lattice_sensitivity(release.event.sensitivity, release.length, release.steps)
+        share = release.event.noise_multiplier * sensitivity
+        stddev = share * np.sqrt(len(found.merchants) / self._contract.noise_contributors)
+        parts = {name: from_lattice(part, lattice.step) for name, part in found.parts.items()}
+        total = from_lattice(found.total, lattice.step)
+        return NoisySum(release.stage, number, total, float(stddev), found.merchants, parts)
 
     def _gradient(self, update: NoisySum) -> Float[np.ndarray, " P"]:
         """Return the averaged gradient that the optimizer follows."""
         if self._contract.training.mode == "distributed":
-            return update.total / (self._per_merchant * len(update.parts))
-        return -update.total / len(update.parts)
+            return update.total / (self._per_merchant * len(update.merchants))
+        return -update.total / len(update.merchants)
 
     def _spent(self) -> float:
         return epsilon([event for _, event in self._outcome.events], self._contract.privacy.delta)
-
-    def _note_failures(self, errors: dict[int, str], silent: set[int]) -> None:
-        for node, reason in errors.items():
-            self._outcome.failures[self._members.get(node, f"node {node}")] = reason
-        for node in silent:
-            name = self._members.get(node, f"node {node}")
-            self._outcome.failures[name] = f"no answer within {self._timeout_s:g} s"
-
-    def _reasons(self) -> str:
-        reasons = {**self._outcome.failures, **self._outcome.refusals}
-        shown = [_harmless(f"{name}: {reason}") for name, reason in sorted(reasons.items())][:5]
-        more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
-        return ("; " + "; ".join(shown) + more) if shown else ""
-
-    @property
-    def _timeout_s(self) -> float:
-        return self._contract.federation.round_timeout_s
-
-
-def _harmless(text: str) -> str:
-    """Return a stranger's text on one line, without signs that move a terminal's cursor."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)[:300]

@@ -162,7 +162,7 @@ def towards_server(outcome: Outcome, contract: Contract) -> list[tuple[str, Even
     """Return the run's events as seen by whoever sees a merchant's single messages."""
     releases = {(r.stage, r.event): r for r in plan_of(contract).releases()}
     return [
-        (stage, releases[stage, event].towards_server(contract.noise_contributors))
+        (stage, releases[stage, event].towards_server(contract.exposed_contributors))
         for stage, event in outcome.events
     ]
 

@@ -5,7 +5,7 @@ seconds between polls and waits for ever by default.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
@@ -26,16 +26,15 @@ class StageResult:
 def run_stage(
     grid: Grid,
     message_type: str,
-    content: Callable[[], RecordDict],
-    nodes: Iterable[int],
+    contents: Mapping[int, RecordDict],
     timeout_s: float,
 ) -> StageResult:
-    """Send one message to every node and collect answers until all are in or time is up."""
+    """Send each node its message and collect answers until all are in or time is up."""
     result = StageResult()
     end = time.monotonic() + timeout_s
     messages = [
-        Message(content(), dst_node_id=node, message_type=message_type, ttl=timeout_s + 30)
-        for node in nodes
+        Message(content, dst_node_id=node, message_type=message_type, ttl=timeout_s + 30)
+        for node, content in contents.items()
     ]
     waiting: dict[str, int] = {}
     for message, message_id in zip(messages, grid.push_messages(messages), strict=True):

@@ -16,6 +16,7 @@ import pandas as pd
 
 from common.contract import Contract, contract_toml, read_contract
 from common.errors import DataError
+from common.identity import Identity, Members, write_identity, write_members
 from simulations import cdnow, complete_journey, synthetic
 from simulations.catalogue import CATALOGUE, CatalogueEntry
 from simulations.labelling import previous_column
@@ -240,8 +241,11 @@ def write_federation(
     policy = {
         "epsilon": float(privacy.epsilon if epsilon is None else epsilon),
         "delta": float(privacy.delta if delta is None else delta),
-        "accept_unmasked_sums": True,
+        "min_cohort": max(2, min(3, len(dataset.merchants))),
+        "accept_unmasked_sums": not dataset.contract.aggregation.secure,
     }
+    identities = {merchant: Identity.generate(merchant) for merchant in dataset.merchants}
+    enrolled = Members({merchant: found.public for merchant, found in identities.items()})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -249,8 +253,10 @@ def write_federation(
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         (building / "contract.toml").write_text(contract_toml(dataset.contract), encoding="utf-8")
+        write_members(enrolled, building / "members.toml")
         for merchant, table in dataset.merchants.items():
             _write_merchant(building / "merchants" / merchant, table, policy, seed)
+            write_identity(identities[merchant], building / "merchants" / merchant / "identity.key")
         building.chmod(0o755)
         building.replace(folder)
     except OSError as error:

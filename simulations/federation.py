@@ -7,10 +7,13 @@ from pathlib import Path
 
 from clients.joining import customers_of, open_worker
 from clients.merchant import Columns
+from clients.secure_party import SecureParty
+from clients.session_store import MemoryStore
 from clients.table import CustomerTable, make_table
 from clients.worker import Worker, os_noise, seeded_noise
 from common.contract import Contract, read_contract
 from common.errors import DataError
+from common.identity import Identity, Members, read_members
 from common.ledger import Budget, Ledger
 from simulations.datasets import Dataset
 
@@ -33,6 +36,7 @@ class Federation:
     data: str
     contract: Contract
     members: tuple[Member, ...]
+    enrolled: Members
     seed: int | None
     notes: tuple[str, ...]
 
@@ -73,6 +77,9 @@ def assemble(dataset: Dataset, contract: Contract, ledgers: Path, seed: int | No
         seed: Makes the noise repeatable and guessable; None for the operating system's.
     """
     budget = Budget(contract.privacy.epsilon, contract.privacy.delta)
+    tables = tables_of(dataset, contract)
+    identities = {merchant: Identity.generate(merchant) for merchant in tables}
+    enrolled = Members({merchant: identity.public for merchant, identity in identities.items()})
     members = tuple(
         Member(
             merchant,
@@ -82,13 +89,16 @@ def assemble(dataset: Dataset, contract: Contract, ledgers: Path, seed: int | No
                 contract,
                 customers_of(table, contract),
                 Ledger(ledgers / merchant / "ledger.sqlite", budget),
-                accept_unmasked_sums=True,
+                accept_unmasked_sums=not contract.aggregation.secure,
+                secure=SecureParty(
+                    identities[merchant], enrolled, contract.min_survivors, MemoryStore()
+                ),
                 noise_for=os_noise if seed is None else seeded_noise(seed, merchant),
             ),
         )
-        for merchant, table in tables_of(dataset, contract).items()
+        for merchant, table in tables.items()
     )
-    return Federation(dataset.name, contract, members, seed, (dataset.provenance,))
+    return Federation(dataset.name, contract, members, enrolled, seed, (dataset.provenance,))
 
 
 def open_federation(folder: Path) -> Federation:
@@ -106,13 +116,15 @@ def open_federation(folder: Path) -> Federation:
             f"{folder}: holds no federation; expected contract.toml and "
             "merchants/<id>/merchant.toml, as `hansa data generate` writes them"
         )
-    opened = [open_worker(path) for path in paths]
+    contract = read_contract(folder / "contract.toml")
+    opened = [open_worker(path, in_memory=True) for path in paths]
     names = [o.worker.merchant for o in opened]
     for name, path in zip(names, paths, strict=True):
         if names.count(name) > 1:
             raise DataError(f"{path}: the id '{name}' is used by another merchant too; change one")
     members = tuple(Member(o.worker.merchant, o.table, o.worker) for o in opened)
     seeds = {o.seed for o in opened if o.seed is not None}
-    return Federation(
-        str(folder), read_contract(folder / "contract.toml"), members, min(seeds, default=None), ()
-    )
+    enrolled = Members({})
+    if contract.aggregation.secure:
+        enrolled = read_members(folder / "members.toml")
+    return Federation(str(folder), contract, members, enrolled, min(seeds, default=None), ())

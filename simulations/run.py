@@ -20,6 +20,7 @@ from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
 from common.errors import AccountingError, DataError
 from common.events import Event, merged, to_document
+from common.identity import write_members
 from common.ledger import Entry
 from server.app import create_app as create_server_app
 from server.coordinator import NoisySum, Outcome, RoundReport
@@ -29,7 +30,15 @@ from simulations.grid import FIRST_NODE, Fault, run_in_process
 from simulations.result import MerchantRecord, RoundRecord, SegmentRecord, SimulationResult
 
 _OWN_NAMES = frozenset(
-    {"contract.toml", "merchants", "bundle", "bundle.partial", "report.html", "result.json"}
+    {
+        "contract.toml",
+        "members.toml",
+        "merchants",
+        "bundle",
+        "bundle.partial",
+        "report.html",
+        "result.json",
+    }
 )
 _AGREEMENT = 0.02  # relative difference between two accountants that is let pass
 
@@ -143,6 +152,7 @@ def run_rounds(
     """
     outcomes: list[Outcome] = []
     (out / "contract.toml").write_text(contract_toml(federation.contract), encoding="utf-8")
+    write_members(federation.enrolled, out / "members.toml")
 
     def finish(outcome: Outcome, _contract: Contract, _folder: Path) -> None:
         outcomes.append(outcome)
@@ -262,7 +272,7 @@ def _own_accuracy(member: Member, evaluation: NoisySum) -> tuple[float, float] |
     if part is None:
         return None
     segments = len(member.worker.contract.segments.names)
-    stddev = evaluation.stddev / len(evaluation.parts) ** 0.5
+    stddev = evaluation.stddev / len(evaluation.merchants) ** 0.5
     return accuracy_of(part.reshape(segments, segments), stddev)
 
 

@@ -19,6 +19,7 @@ LIBRARIES = {
         "clients/app.py",
         "common/wire.py",
         "server/app.py",
+        "server/cohort.py",
         "server/coordinator.py",
         "server/stages.py",
         "simulations/grid.py",

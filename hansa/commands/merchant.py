@@ -73,7 +73,7 @@ def _check_budget(merchant: "Merchant", contract: "Contract") -> None:
         )
         try:
             ledger.check_affordable(
-                plan.events(), plan.events_towards_server(contract.noise_contributors)
+                plan.events(), plan.events_towards_server(contract.exposed_contributors)
             )
         except BudgetRefusal as refusal:
             typer.echo(f"your ledger refuses this contract: {refusal}")

@@ -1,0 +1,99 @@
+"""A merchant in secure sums: its session, kept between messages, and its own rules.
+
+Every method loads the state, lets `clients.secure_sum` check and answer, and stores the new
+state before anything is returned.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from clients.secure_sum import Label, MerchantSession, Prepared
+from clients.session_store import SessionStore
+from common.errors import SecureSumError
+from common.identity import Identity, Members
+from common.session import occasion_hash, session_context
+from common.wire import Advertise, Confirm, Reveal, Share, SumRequest
+
+
+@dataclass(frozen=True)
+class SecureParty:
+    """What a merchant needs for secure sums.
+
+    Attributes:
+        identity: Its long-term key.
+        members: Who is enrolled, as this merchant pinned it.
+        minimum: Fewest merchants in a sum that it helps to unmask.
+        store: Keeps the session.
+    """
+
+    identity: Identity
+    members: Members
+    minimum: int
+    store: SessionStore
+
+    def advertise(self, message: Advertise) -> bytes:
+        """Begin a session with fresh keys; an earlier one is forgotten."""
+        context = session_context(message.run, message.session, message.contract)
+        session = MerchantSession.advertise(
+            self.identity, self.members, self.minimum, context, message.session
+        )
+        self.store.save(session.state)
+        return session.advert
+
+    def share(self, message: Share) -> bytes:
+        """Join the roster and deal the first step's shares."""
+        session = self._session(message.session)
+        escrow = session.share(message.roster)
+        self.store.save(session.state)
+        return escrow
+
+    def prepare(self, request: SumRequest) -> Prepared:
+        """Check what a request brings for its step; nothing changes."""
+        session = self._session(request.session)
+        context = session_context(request.run, request.session, request.contract)
+        if context != session.state.context:
+            raise SecureSumError("field 'run': this session is of another run or contract")
+        occasion = occasion_hash(
+            request.stage,
+            request.round,
+            request.attempt,
+            request.customers_per_merchant,
+            request.parameters,
+        )
+        label = Label(request.run, request.stage, request.round, request.attempt)
+        return session.prepare(request.step, occasion, request.active, request.boxes, label)
+
+    def mask(
+        self, session: int, prepared: Prepared, vector: np.ndarray
+    ) -> tuple[np.ndarray, bytes]:
+        """Return the masked vector and the escrow of the next step."""
+        found = self._session(session)
+        masked, escrow = found.mask(prepared, vector)
+        self.store.save(found.state)
+        return masked, escrow
+
+    def confirm(self, message: Confirm) -> bytes:
+        """Vouch for the set of survivors."""
+        session = self._session(message.session)
+        confirmations = session.confirm(message.step, message.survivors)
+        self.store.save(session.state)
+        return confirmations
+
+    def reveal(self, message: Reveal) -> tuple[bytes, Label, int]:
+        """Return the shares that unmask the sum, what was summed, and how many survived."""
+        session = self._session(message.session)
+        current = session.state.step
+        shares = session.reveal(message.step, message.confirmed, message.confirmations)
+        self.store.save(session.state)
+        if current is None:
+            raise SecureSumError("field 'step': no step is under way")
+        return shares, current.label, len(current.survivors)
+
+    def _session(self, number: int) -> MerchantSession:
+        state = self.store.load()
+        if state.number != number:
+            raise SecureSumError(
+                f"field 'session': this merchant is in session {state.number}, not {number}"
+            )
+        return MerchantSession(self.identity, self.members, self.minimum, state)

@@ -1,0 +1,152 @@
+"""Long-term identities: an Ed25519 key a merchant, and the list of who is enrolled.
+
+A merchant makes its key itself and keeps it in a file of mode 0600; what is enrolled is the
+public half. Every merchant pins the list of members (`members.toml`): nobody takes part in a
+secure sum who is not in it, whatever the coordinator says.
+"""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+    Ed25519PrivateKey,
+    Ed25519PublicKey,
+)
+
+from common.errors import IdentityError
+from common.masks import expand
+
+MERCHANT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A merchant's id and its private key."""
+
+    merchant: str
+    key: Ed25519PrivateKey
+
+    @classmethod
+    def generate(cls, merchant: str) -> "Identity":
+        """Return a new identity, keyed by the operating system."""
+        return cls(merchant, Ed25519PrivateKey.generate())
+
+    @property
+    def public(self) -> bytes:
+        """Return the 32 bytes that are enrolled."""
+        return self.key.public_key().public_bytes_raw()
+
+    def sign(self, message: bytes) -> bytes:
+        """Return a signature of 64 bytes (RFC 8032)."""
+        return self.key.sign(message)
+
+    def sealing_key(self, purpose: bytes) -> bytes:
+        """Return a secret key for this merchant's own files."""
+        return expand(self.key.private_bytes_raw(), b"hansa sealing " + purpose)
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who is enrolled: merchant id -> public key."""
+
+    keys: dict[str, bytes]
+
+    def verify(self, merchant: str, message: bytes, signature: bytes) -> bool:
+        """Tell whether an enrolled merchant signed the message."""
+        key = self.keys.get(merchant)
+        if key is None:
+            return False
+        try:
+            Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+
+def write_identity(identity: Identity, path: Path) -> None:
+    """Write a private key, readable by its owner alone; never over a file that is there.
+
+    Raises:
+        IdentityError: The file exists or cannot be written.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(identity.key.private_bytes_raw().hex() + "\n")
+    except FileExistsError:
+        raise IdentityError(f"{path}: there is a key already; it is not overwritten") from None
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_identity(merchant: str, path: Path) -> Identity:
+    """Read a merchant's private key.
+
+    Raises:
+        IdentityError: The file is missing, is no key, or can be read by others.
+    """
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise IdentityError(
+            f"{path}: there is no identity key; secure sums need one (merchant.key in "
+            "merchant.toml)"
+        ) from None
+    except (OSError, UnicodeDecodeError):
+        raise IdentityError(f"{path}: cannot be read as an identity key") from None
+    if mode & 0o077:
+        raise IdentityError(f"{path}: others can read this key; run chmod 600 on it")
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise IdentityError(f"{path}: is no identity key (expected 64 hexadecimal digits)")
+    return Identity(merchant, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(text)))
+
+
+def write_members(members: Members, path: Path) -> None:
+    """Write the list of members.
+
+    Raises:
+        IdentityError: The file cannot be written.
+    """
+    import tomli_w
+
+    document = {"members": {name: key.hex() for name, key in sorted(members.keys.items())}}
+    try:
+        path.write_text(tomli_w.dumps(document), encoding="utf-8")
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_members(path: Path) -> Members:
+    """Read `members.toml`: a table `members` of merchant id -> public key in hexadecimal.
+
+    Raises:
+        IdentityError: The file is missing, is not TOML, or holds something else, a bad key, or
+            one key twice.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IdentityError(
+            f"{path}: there is no list of members; secure sums need the enrolled public keys"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise IdentityError(f"{path}: cannot be read as TOML ({error})") from None
+    listed = document.get("members")
+    if set(document) != {"members"} or not isinstance(listed, dict):
+        raise IdentityError(f'{path}: expected one table [members] of id = "public key"')
+    keys: dict[str, bytes] = {}
+    for name, text in listed.items():
+        if not re.fullmatch(MERCHANT_ID, name):
+            raise IdentityError(f"{path}: members: '{name[:64]}' is no merchant id")
+        if not isinstance(text, str) or not re.fullmatch(r"[0-9a-f]{64}", text):
+            raise IdentityError(f"{path}: members.{name}: expected 64 hexadecimal digits")
+        keys[name] = bytes.fromhex(text)
+    if len(set(keys.values())) != len(keys):
+        raise IdentityError(f"{path}: two members have the same public key")
+    return Members(keys)

@@ -1,0 +1,52 @@
+"""The merchants of a run: who takes part, who refused, and what went wrong with whom."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from server.stages import run_stage
+
+_MOST_REASONS = 5
+
+
+@dataclass
+class Cohort:
+    """Nodes and merchants of one run, reached over a Flower grid."""
+
+    grid: Grid
+    timeout_s: float
+    members: dict[int, str] = field(default_factory=dict)  # node -> merchant
+    refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
+    failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
+
+    def ask(self, message_type: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
+        """Send each node its message and return the answers; note errors and silence."""
+        result = run_stage(self.grid, message_type, contents, self.timeout_s)
+        for node, reason in result.errors.items():
+            self.failures[self.name(node)] = reason
+        for node in result.silent:
+            self.failures[self.name(node)] = f"no answer within {self.timeout_s:g} s"
+        return dict(sorted(result.contents.items()))
+
+    def name(self, node: int) -> str:
+        """Return the merchant at a node, or the node where it is not known."""
+        return self.members.get(node, f"node {node}")
+
+    def dismiss(self, node: int, refusal: str) -> None:
+        """Go on without a merchant that refused."""
+        self.refusals[self.members.pop(node)] = refusal
+
+    def reasons(self) -> str:
+        """Return the first few reasons why merchants are missing, to end a sentence with."""
+        reasons = {**self.failures, **self.refusals}
+        shown = [_harmless(f"{name}: {reason}") for name, reason in sorted(reasons.items())]
+        more = len(shown) - _MOST_REASONS
+        told = shown[:_MOST_REASONS] + ([f"and {more} more"] if more > 0 else [])
+        return ("; " + "; ".join(told)) if told else ""
+
+
+def _harmless(text: str) -> str:
+    """Return a stranger's text on one line, without signs that move a terminal's cursor."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)[:300]

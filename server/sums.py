@@ -1,0 +1,340 @@
+"""How the coordinator gets one sum over the cohort: plainly, or without seeing its parts.
+
+Both ways return the same multiples of the lattice step for the same answers.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Int, UInt
+
+from common.contract import MAX_COHORT, Contract
+from common.errors import SecureSumError, WireError
+from common.fixed_point import Lattice
+from common.identity import Members
+from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
+from common.session import occasion_hash, session_context
+from common.wire import (
+    Advertise,
+    Advertised,
+    Confirm,
+    Confirmed,
+    Record,
+    Reveal,
+    Revealed,
+    Share,
+    Shared,
+    SumAnswer,
+    SumRequest,
+    pack,
+    unpack,
+)
+from server.cohort import Cohort
+from server.secure_sum import CoordinatorSession, groups
+
+MESSAGE_TYPES = {
+    CENSUS: "query.census",
+    UPDATE: "train.update",
+    EVALUATION: "evaluate.confusion",
+    PROFILE: "query.profile",
+}
+_RENEWAL_STEPS = 10  # a session that lost members is set up anew after so many steps
+Answer = TypeVar("Answer", Advertised, Shared, SumAnswer, Confirmed, Revealed)
+
+
+@dataclass(frozen=True)
+class LatticeSum:
+    """A sum over the merchants that answered, in multiples of the lattice step."""
+
+    total: Int[np.ndarray, " P"]
+    merchants: tuple[str, ...]
+    fewest: int  # merchants in the smallest part that was summed apart
+    parts: dict[str, Int[np.ndarray, " P"]] = field(default_factory=dict)  # plain sums only
+
+
+Ask = Callable[[SumRequest, int, Lattice], LatticeSum | None]  # (request, length, lattice)
+
+
+class PlainSums:
+    """Asks for vectors and adds them up; the coordinator sees each of them."""
+
+    def __init__(self, cohort: Cohort, contract: Contract) -> None:
+        self._cohort = cohort
+        self._contract = contract
+
+    def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
+        """Return the sum; None where too few merchants answered."""
+        content = pack(request)
+        records = self._cohort.ask(
+            MESSAGE_TYPES[request.stage], dict.fromkeys(sorted(self._cohort.members), content)
+        )
+        vectors = {
+            self._cohort.members[node]: answer.vector
+            for node, answer in _answers(self._cohort, records, length, lattice).items()
+        }
+        if len(vectors) < self._contract.min_survivors:
+            return None
+        parts = {merchant: lattice.from_ring(vector) for merchant, vector in vectors.items()}
+        total = np.sum(list(vectors.values()), axis=0, dtype=lattice.dtype)
+        return LatticeSum(lattice.from_ring(total), tuple(parts), len(parts), parts)
+
+
+@dataclass
+class _Group:
+    """Merchants that are summed together, and their session."""
+
+    number: int
+    session: CoordinatorSession
+    nodes: list[int]  # in the order of the roster
+    steps: int = 0
+
+    def at(self, positions: Iterable[int]) -> list[int]:
+        """Return the nodes at some positions."""
+        return [self.nodes[position] for position in positions]
+
+
+class SecureSums:
+    """Asks for masked vectors; the coordinator sees their sum over a group, and nothing else."""
+
+    def __init__(self, cohort: Cohort, contract: Contract, members: Members, run: str) -> None:
+        self._cohort = cohort
+        self._contract = contract
+        self._members = members
+        self._run = run
+        self._sessions = 0
+        self._groups: list[_Group] = []
+
+    def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
+        """Return the sum over all groups that could be unmasked; None where there is none."""
+        if self._stale():
+            self._set_up()
+        occasion = occasion_hash(
+            request.stage,
+            request.round,
+            request.attempt,
+            request.customers_per_merchant,
+            request.parameters,
+        )
+        under_way = [
+            group for group in self._groups if self._begun(group, occasion, length, lattice)
+        ]
+        self._collect(under_way, request, length, lattice)
+        under_way = self._confirm(under_way)
+        return self._unmasked(self._reveal(under_way), lattice)
+
+    def _stale(self) -> bool:
+        """Tell whether sessions are missing, too small, or without members that came back."""
+        if not self._groups:
+            return True
+        ready = [len(group.session.ready) for group in self._groups]
+        if any(
+            count < group.session.needed for count, group in zip(ready, self._groups, strict=True)
+        ):
+            return True
+        missing = len(self._cohort.members) - sum(ready)
+        return missing > 0 and min(group.steps for group in self._groups) >= _RENEWAL_STEPS
+
+    def _set_up(self) -> None:
+        """Set up a session for every group of merchants that are there."""
+        nodes = {merchant: node for node, merchant in self._cohort.members.items()}
+        divided = groups(nodes, MAX_COHORT, self._contract.min_survivors)
+        self._groups = []
+        for names in divided:
+            self._sessions += 1
+            group = self._advertised(self._sessions, [nodes[name] for name in names])
+            if group is not None:
+                self._groups.append(group)
+        rest = nodes.keys() - {name for names in divided for name in names}
+        for name in rest:
+            self._cohort.failures[name] = "left over when merchants were divided into groups"
+
+    def _advertised(self, number: int, nodes: list[int]) -> _Group | None:
+        """Collect keys, show them to everybody, and collect the first shares."""
+        sha256 = self._contract.sha256
+        session = CoordinatorSession(
+            session_context(self._run, number, sha256), self._members, self._contract.min_survivors
+        )
+        content = pack(Advertise(self._run, sha256, number))
+        joined: dict[str, int] = {}
+
+        def advertised(node: int, answer: Advertised) -> None:
+            name = session.take_advert(answer.advert, self._cohort.members[node])
+            joined[name] = node
+
+        self._stage("query.advertise", dict.fromkeys(nodes, content), Advertised, advertised)
+        try:
+            roster = session.close_roster()
+        except SecureSumError as error:
+            self._cohort.failures[f"session {number}"] = str(error)
+            return None
+        order = [joined[name] for name in sorted(joined)]
+        positions = {node: position for position, node in enumerate(order)}
+        content = pack(Share(number, roster))
+        self._stage(
+            "query.share",
+            dict.fromkeys(order, content),
+            Shared,
+            lambda node, answer: session.take_escrow(positions[node], answer.escrow),
+        )
+        return _Group(number, session, order)
+
+    def _begun(self, group: _Group, occasion: bytes, length: int, lattice: Lattice) -> bool:
+        try:
+            group.session.begin(occasion, length, lattice.dtype)
+        except SecureSumError as error:
+            self._note(group, error)
+            return False
+        group.steps += 1
+        return True
+
+    def _collect(
+        self, under_way: list[_Group], request: SumRequest, length: int, lattice: Lattice
+    ) -> None:
+        """Ask all active members of all groups for masked vectors and add them up."""
+        places = self._places(under_way)
+        contents = {}
+        for node, (group, position) in places.items():
+            active, boxes = group.session.request(position)
+            contents[node] = pack(
+                replace(
+                    request,
+                    session=group.number,
+                    step=group.session.step,
+                    active=active,
+                    boxes=boxes,
+                )
+            )
+        records = self._cohort.ask(MESSAGE_TYPES[request.stage], contents)
+        for node, answer in _answers(self._cohort, records, length, lattice).items():
+            group, position = places[node]
+            try:
+                group.session.take_masked(position, answer.vector, answer.escrow)
+            except WireError as error:
+                self._cohort.failures[self._cohort.name(node)] = str(error)
+
+    def _confirm(self, under_way: list[_Group]) -> list[_Group]:
+        """Let survivors vouch for the set of survivors; return the groups that go on."""
+        contents, going = {}, []
+        for group in under_way:
+            try:
+                content = pack(Confirm(group.number, group.session.step, group.session.close_sum()))
+            except SecureSumError as error:
+                self._note(group, error)
+                continue
+            going.append(group)
+            contents.update(dict.fromkeys(group.at(group.session.survivors), content))
+        places = self._places(going)
+
+        def confirmed(node: int, answer: Confirmed) -> None:
+            group, position = places[node]
+            group.session.take_confirmations(position, answer.confirmations)
+
+        self._stage("query.confirm", contents, Confirmed, confirmed)
+        return going
+
+    def _reveal(self, under_way: list[_Group]) -> list[_Group]:
+        """Hand round the confirmations and collect shares; return the groups that go on."""
+        contents, going = {}, []
+        for group in under_way:
+            try:
+                confirmed = group.session.confirmed
+            except SecureSumError as error:
+                self._note(group, error)
+                continue
+            going.append(group)
+            for position in confirmed:
+                message = Reveal(
+                    group.number, group.session.step, *group.session.confirmations_for(position)
+                )
+                contents[group.nodes[position]] = pack(message)
+        places = self._places(going)
+
+        def revealed(node: int, answer: Revealed) -> None:
+            group, position = places[node]
+            group.session.take_shares(position, answer.shares)
+
+        self._stage("query.reveal", contents, Revealed, revealed)
+        return going
+
+    def _unmasked(self, under_way: list[_Group], lattice: Lattice) -> LatticeSum | None:
+        totals: list[UInt[np.ndarray, " P"]] = []
+        counts: list[int] = []
+        merchants: list[str] = []
+        for group in under_way:
+            survivors = group.session.survivors
+            try:
+                totals.append(group.session.total())
+            except SecureSumError as error:
+                self._note(group, error)
+                continue
+            finally:
+                self._cohort.failures.update(group.session.blamed)
+            counts.append(len(survivors))
+            merchants += [group.session.roster.adverts[i].merchant for i in survivors]
+        if not totals:
+            return None
+        total = np.zeros_like(lattice.from_ring(totals[0]))
+        for part in totals:
+            total += lattice.from_ring(part)
+        return LatticeSum(total, tuple(sorted(merchants)), min(counts))
+
+    def _places(self, under_way: list[_Group]) -> dict[int, tuple[_Group, int]]:
+        """Return node -> (group, position) of all active members."""
+        return {
+            group.nodes[position]: (group, position)
+            for group in under_way
+            for position in group.session.active
+        }
+
+    def _stage(
+        self,
+        message_type: str,
+        contents: dict[int, Record],
+        kind: type[Answer],
+        take: Callable[[int, Answer], None],
+    ) -> None:
+        """Ask, and hand over each usable answer; note what is wrong with the others."""
+        for node, record in self._cohort.ask(message_type, contents).items():
+            try:
+                answer = unpack(kind, record)
+                _check_name(self._cohort, node, answer.merchant)
+                take(node, answer)
+            except WireError as error:
+                self._cohort.failures[self._cohort.name(node)] = str(error)
+
+    def _note(self, group: _Group, error: SecureSumError) -> None:
+        self._cohort.failures[f"secure sum {group.number}.{group.steps}"] = str(error)
+
+
+def _answers(
+    cohort: Cohort, records: dict[int, Record], length: int, lattice: Lattice
+) -> dict[int, SumAnswer]:
+    """Return the usable answers by node; go on without merchants that refused."""
+    found = {}
+    for node, record in records.items():
+        try:
+            answer = unpack(SumAnswer, record)
+            _check_name(cohort, node, answer.merchant)
+            if answer.refusal:
+                cohort.dismiss(node, answer.refusal)
+                continue
+            _check_vector(answer.vector, length, lattice)
+        except WireError as error:
+            cohort.failures[cohort.name(node)] = str(error)
+            continue
+        found[node] = answer
+    return found
+
+
+def _check_name(cohort: Cohort, node: int, merchant: str) -> None:
+    if merchant != cohort.members[node]:
+        raise WireError("field 'merchant': differs from what the node attested")
+
+
+def _check_vector(vector: np.ndarray, length: int, lattice: Lattice) -> None:
+    if vector.shape != (length,) or vector.dtype != lattice.dtype:
+        raise WireError(
+            f"field 'vector': expected {length} numbers of type {lattice.dtype.__name__}"
+        )
