@@ -52,6 +52,7 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
     path = path.absolute()  # a relative path has no folders to go up to
     merchant = read_merchant(path)
     contract = read_contract(_pinned(path.parent, "contract.toml"))
+    secure = _party(merchant, contract, path.parent, in_memory=in_memory)
     table = read_table(merchant, contract)
     seed = merchant.simulation.seed
     worker = Worker(
@@ -60,7 +61,7 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
         customers_of(table, contract),
         Ledger(merchant.ledger.path, budget_of(merchant)),
         accept_unmasked_sums=merchant.policy.accept_unmasked_sums,
-        secure=_party(merchant, contract, path.parent, in_memory=in_memory),
+        secure=secure,
         noise_for=os_noise if seed is None else seeded_noise(seed, merchant.merchant.id),
     )
     return Opened(worker, table, seed)

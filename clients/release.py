@@ -55,7 +55,7 @@ def noisy_sum(
     stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size, steps)
     needed = stddev / math.sqrt(contributors) / lattice_step(sensitivity, steps)
     share = math.hypot(needed, SMOOTHING_STEPS)
-    if not share >= MIN_NOISE_STEPS:
+    if not (needed > 0 and share >= MIN_NOISE_STEPS):
         raise AccountingError(
             f"a noise share of {share:.3g} lattice steps is too fine: at least "
             f"{MIN_NOISE_STEPS:.0f} of {steps} steps a sensitivity are needed"

@@ -4,6 +4,8 @@ Every method loads the state, lets `clients.secure_sum` check and answer, and st
 state before anything is returned.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,22 +40,17 @@ class SecureParty:
         session = MerchantSession.advertise(
             self.identity, self.members, self.minimum, context, message.session
         )
-        self.store.save(session.state)
+        with self.store.locked():
+            self.store.save(session.state)
         return session.advert
 
     def share(self, message: Share) -> bytes:
         """Join the roster and deal the first step's shares."""
-        session = self._session(message.session)
-        escrow = session.share(message.roster)
-        self.store.save(session.state)
-        return escrow
+        with self._session(message.session) as session:
+            return session.share(message.roster)
 
     def prepare(self, request: SumRequest) -> Prepared:
         """Check what a request brings for its step; nothing changes."""
-        session = self._session(request.session)
-        context = session_context(request.run, request.session, request.contract)
-        if context != session.state.context:
-            raise SecureSumError("field 'run': this session is of another run or contract")
         occasion = occasion_hash(
             request.stage,
             request.round,
@@ -62,38 +59,47 @@ class SecureParty:
             request.parameters,
         )
         label = Label(request.run, request.stage, request.round, request.attempt)
-        return session.prepare(request.step, occasion, request.active, request.boxes, label)
+        context = session_context(request.run, request.session, request.contract)
+        with self._session(request.session, changes=False) as session:
+            if context != session.state.context:
+                raise SecureSumError("field 'run': this session is of another run or contract")
+            return session.prepare(request.step, occasion, request.active, request.boxes, label)
 
     def mask(
         self, session: int, prepared: Prepared, vector: np.ndarray
     ) -> tuple[np.ndarray, bytes]:
         """Return the masked vector and the escrow of the next step."""
-        found = self._session(session)
-        masked, escrow = found.mask(prepared, vector)
-        self.store.save(found.state)
-        return masked, escrow
+        with self._session(session) as found:
+            return found.mask(prepared, vector)
 
     def confirm(self, message: Confirm) -> bytes:
         """Vouch for the set of survivors."""
-        session = self._session(message.session)
-        confirmations = session.confirm(message.step, message.survivors)
-        self.store.save(session.state)
-        return confirmations
+        with self._session(message.session) as session:
+            return session.confirm(message.step, message.survivors)
 
     def reveal(self, message: Reveal) -> tuple[bytes, Label, int]:
         """Return the shares that unmask the sum, what was summed, and how many survived."""
-        session = self._session(message.session)
-        current = session.state.step
-        shares = session.reveal(message.step, message.confirmed, message.confirmations)
-        self.store.save(session.state)
+        with self._session(message.session) as session:
+            current = session.state.step
+            shares = session.reveal(message.step, message.confirmed, message.confirmations)
         if current is None:
             raise SecureSumError("field 'step': no step is under way")
         return shares, current.label, len(current.survivors)
 
-    def _session(self, number: int) -> MerchantSession:
-        state = self.store.load()
-        if state.number != number:
-            raise SecureSumError(
-                f"field 'session': this merchant is in session {state.number}, not {number}"
-            )
-        return MerchantSession(self.identity, self.members, self.minimum, state)
+    def forget(self) -> None:
+        """Erase the session: its run is over."""
+        with self.store.locked():
+            self.store.erase()
+
+    @contextmanager
+    def _session(self, number: int, *, changes: bool = True) -> Iterator[MerchantSession]:
+        """Give the session, alone; keep its new state unless something was refused."""
+        with self.store.locked():
+            state = self.store.load()
+            if state.number != number:
+                raise SecureSumError(
+                    f"field 'session': this merchant is in session {state.number}, not {number}"
+                )
+            yield MerchantSession(self.identity, self.members, self.minimum, state)
+            if changes:
+                self.store.save(state)

@@ -6,8 +6,12 @@ as a whole and reaches the disk before the message that depends on it is answere
 crash never brings back a step that was taken.
 """
 
+import fcntl
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -19,11 +23,15 @@ from common.errors import PolicyError, SecureSumError
 from common.identity import Identity
 
 _NONCE_BYTES = 12
+_LOCK = os.O_RDWR | os.O_CREAT
 _NO_SESSION = "field 'session': this merchant has no session under way; set one up anew"
 
 
 class SessionStore(Protocol):
     """Keeps one session's state."""
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep everybody else out from a load to the save that follows it."""
 
     def load(self) -> State:
         """Return the state; raises `SecureSumError` if there is none."""
@@ -40,6 +48,13 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._state: State | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other threads out."""
+        with self._lock:
+            yield
 
     def load(self) -> State:
         """Return the state; raises `SecureSumError` if there is none."""
@@ -67,6 +82,23 @@ class FileStore:
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
         self._cipher = ChaCha20Poly1305(identity.sealing_key(b"session"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes and threads out: two answers to one step would be two steps.
+
+        Raises:
+            PolicyError: The folder cannot be written.
+        """
+        try:
+            handle = os.open(self._path.with_name(f".{self._path.name}.lock"), _LOCK, 0o600)
+        except OSError as error:
+            raise PolicyError(f"{self._path}: cannot be locked ({error.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def load(self) -> State:
         """Return the state.

@@ -184,6 +184,8 @@ class Worker:
         """Help to unmask a sum; raises `SecureSumError` where that would be unsafe."""
         shares, label, survivors = self._party.reveal(message)
         self.ledger.note_sum(label.run, label.stage, label.round, label.attempt, survivors)
+        if (label.stage, label.round) == self._plan.last(self.contract.training.rounds):
+            self._party.forget()
         return Revealed(self.merchant, shares)
 
     @property

@@ -120,7 +120,7 @@ def local_lattice(ring_bits: int, merchants: int) -> tuple[Lattice, float]:
     of them fits: merchants * bound / step < 2^(ring_bits - 1).
     """
     bound = _LOCAL_BOUND[ring_bits]
-    bits = math.floor(math.log2(2.0 ** (ring_bits - 1) / (merchants * bound)))
+    bits = math.ceil(math.log2(2.0 ** (ring_bits - 1) / (merchants * bound))) - 1
     if bits < 0:
         raise AccountingError(
             f"local updates of {merchants} merchants do not fit into a ring of {ring_bits} bits"

@@ -50,6 +50,12 @@ CREATE TRIGGER IF NOT EXISTS sum_no_update BEFORE UPDATE ON secure_sum
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS sum_no_delete BEFORE DELETE ON secure_sum
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS sum_no_replace BEFORE INSERT ON secure_sum
+    WHEN EXISTS (
+        SELECT 1 FROM secure_sum WHERE run = NEW.run AND stage = NEW.stage
+            AND round = NEW.round AND attempt = NEW.attempt
+    )
+    BEGIN SELECT RAISE(IGNORE); END;
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entry
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entry
@@ -215,12 +221,13 @@ class Ledger:
         """Write down how many merchants' noise is in a secure sum that this one helped unmask.
 
         What was charged stays charged: the charge counts on the fewest survivors. The number
-        tells what noise was achieved. A second note for the same sum is ignored.
+        tells what noise was achieved. A second note for the same sum is ignored. The note
+        reaches the disk with the next charge; a power cut before may lose it, never a charge.
 
         Raises:
             LedgerError: The file cannot be written.
         """
-        with self._transaction() as connection:
+        with self._transaction("NORMAL") as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO secure_sum VALUES (?, ?, ?, ?, ?)",
                 (run, stage, number, attempt, survivors),
@@ -308,16 +315,16 @@ class Ledger:
                     connection.close()
                     raise
                 time.sleep(0.01)
-        connection.execute("PRAGMA synchronous = FULL")
         return connection
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
         """Hold the write lock; commit at the end, roll back on any exception."""
         try:
             if self._connection is None:
                 self._connection = self._connect()
             connection = self._connection
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             raise LedgerError(f"{self.path}: the ledger cannot be used ({error})") from None

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 KEY_BYTES = 32
-_BLOCK_BYTES = 65536
+_BLOCK_BYTES = 2**18  # with zeros, mask and values it fits into a core's own cache
+_SHORT_BYTES = 2**16  # up to here one call makes a stream at less cost
 _ZEROS = memoryview(bytes(_BLOCK_BYTES))
 _NONCE = bytes(12)
 _STREAMS_AT_ONCE = 256  # open cipher contexts
@@ -60,7 +61,7 @@ def add_masks(values: np.ndarray, plus: Iterable[bytes], minus: Iterable[bytes])
     if values.dtype not in (np.uint32, np.uint64) or values.nbytes > _MOST_BYTES:
         raise ValueError("expected at most 64 GiB of uint32 or uint64")
     jobs = [(key, np.add) for key in plus] + [(key, np.subtract) for key in minus]
-    if values.nbytes <= _BLOCK_BYTES:
+    if values.nbytes <= _SHORT_BYTES:
         word, zeros = values.dtype.newbyteorder("<"), _ZEROS[: values.nbytes]
         for key, operation in jobs:
             raw = AESGCM(key).encrypt(_NONCE, zeros, None)  # and a tag, unused

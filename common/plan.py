@@ -75,6 +75,10 @@ class Plan:
             if release.times
         )
 
+    def last(self, rounds: int) -> tuple[str, int]:
+        """Return stage and round of a run's last sum."""
+        return (EVALUATION if self.profile is None else PROFILE, rounds)
+
     def release_of(self, stage: str, round_number: int, rounds: int) -> Release | None:
         """Return what `stage` releases in a round, or None if the plan knows no such release."""
         if stage == EVALUATION:

@@ -71,11 +71,11 @@ def weights(points: tuple[int, ...]) -> Int[np.ndarray, "T"]:
     if len(set(points)) != len(points) or not all(1 <= x <= MAX_HOLDERS for x in points):
         raise SecureSumError("the holders' points must differ and lie between 1 and 200")
     x = np.array(points, dtype=np.int64)
-    result: Int[np.ndarray, T] = np.ones(len(x), dtype=np.int64)
+    result = np.ones(len(x), dtype=np.int64)
     for other in points:
         factor = np.where(x == other, 1, other * _inverses()[(other - x) % PRIME])
         result = np.remainder(result * factor, PRIME)
-    return result
+    return np.asarray(result)
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,7 @@
 """The sentences about privacy that every result carries, in one place."""
 
+import math
+
 UNIT = "one customer of one merchant: all of that customer's rows at that merchant"
 RELATION = "add or remove one customer's row"
 
@@ -15,6 +17,23 @@ NOT_MASKED = {  # by training mode
     "local": _NOT_MASKED + "Each message holds noise enough by itself, so that the same epsilon "
     "holds towards the coordinator.",
 }
+_MASKED = (
+    "The sums of this run were masked: the coordinator saw sums over at least {merchants} "
+    "merchants, and no single message. This holds towards a coordinator that colludes with fewer "
+    "than a third of the merchants of a sum. "
+)
+MASKED = {  # by training mode; `merchants` is to be filled in
+    "distributed": _MASKED + "The same epsilon holds towards the coordinator by itself. "
+    "Whoever colludes with it, or with others, knows its own noise share: the table of colluders "
+    "tells what is left.",
+    "local": _MASKED + "Each message holds noise enough by itself, so that the same epsilon "
+    "holds towards the coordinator, whoever colludes with it.",
+}
+NOT_MASKED_COMPARED = (
+    "The sums of the federated runs were not masked: the epsilon of 'Together, shared noise' holds "
+    "towards those who see sums only, not towards whoever runs the coordinator."
+)
+MASKED_COMPARED = "The sums of the federated runs were masked, as in a real federation."
 NOT_FOR_RELEASE = (
     "This run was seeded: it can be repeated, and its noise can be guessed by whoever knows the "
     "seed. Its results are not for release."
@@ -34,3 +53,32 @@ ASSUMPTIONS = (
     "training and held-out customers are told apart by a hash of the person alone; all releases "
     "are composed as if every customer were in each of them",
 )
+MASKED_ASSUMPTIONS = (
+    "the public keys that members enrolled belong to different merchants, and fewer than a third "
+    "of the merchants of a sum collude with the coordinator",
+)
+
+
+def sums_statement(mode: str, *, secure: bool, merchants: int) -> str:
+    """Say what the coordinator saw in a run.
+
+    Args:
+        mode: The training's mode.
+        secure: Whether sums were masked.
+        merchants: In the smallest sum.
+    """
+    return MASKED[mode].format(merchants=f"{merchants:,}") if secure else NOT_MASKED[mode]
+
+
+def epsilon_text(value: float, digits: int = 4) -> str:
+    """Write an epsilon, rounded up in its last digit.
+
+    >>> epsilon_text(0.97121), epsilon_text(1.0000000000000002), epsilon_text(float("inf"))
+    ('0.9713', '1', 'unbounded')
+    """
+    if not math.isfinite(value):
+        return "unbounded"
+    if value <= 0:
+        return "0"
+    step = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return f"{math.ceil(round(value * step, 6)) / step:.12g}"

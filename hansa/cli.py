@@ -45,6 +45,13 @@ MerchantsOption = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Also write the result as JSON; - for the terminal.")
 ]
+PlainOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-plain-sums",
+        help="Sum without masks: the server sees each merchant's single noisy message.",
+    ),
+]
 DataSeedOption = Annotated[
     int, typer.Option("--data-seed", min=0, help="Seed of generated or dealt customers.")
 ]
@@ -82,6 +89,7 @@ def simulate(  # noqa: PLR0913, PLR0917
         ),
     ] = None,
     data_seed: DataSeedOption = 0,
+    insecure_plain_sums: PlainOption = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the results; default out/<time>.")
     ] = None,
@@ -96,14 +104,9 @@ def simulate(  # noqa: PLR0913, PLR0917
     run(
         Choices(
             contract, data, partition, label, preset, merchants, epsilon, delta, mode, rounds,
-            seed, data_seed, out, overwrite, json,
+            seed, data_seed, insecure_plain_sums, out, overwrite, json,
         )
     )  # fmt: skip
-
-
-BuiltInOption = Annotated[
-    str, typer.Option("--data", help="A built-in data set (`hansa data list`).")
-]
 
 
 @app.command()
@@ -124,6 +127,7 @@ def compare(  # noqa: PLR0913, PLR0917
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of splits.")] = 5,
     data_seed: DataSeedOption = 0,
+    insecure_plain_sums: PlainOption = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for comparison.html and .png.")
     ] = None,
@@ -135,7 +139,7 @@ def compare(  # noqa: PLR0913, PLR0917
     run(
         Choices(
             contract, data, partition, label, preset, merchants, tuple(epsilon or (1.0,)), seeds,
-            data_seed, out, json,
+            data_seed, insecure_plain_sums, out, json,
         )
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from common import statements
 from common.contract import Contract
+from common.statements import epsilon_text
 from server.coordinator import Outcome
 
 
@@ -24,12 +25,13 @@ def model_card(outcome: Outcome, contract: Contract, documents: dict[str, dict[s
         "",
         "## Privacy",
         "",
-        f"- epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:.3g} for everything this "
-        "run published, together",
-        f"- epsilon towards the server: {privacy['epsilon_towards_server']:.4g}",
+        f"- epsilon {epsilon_text(privacy['epsilon'])} at delta {privacy['delta']:.3g} for "
+        "everything this run published, together",
+        _towards_server(privacy),
+        *_achieved(privacy),
         f"- unit: {statements.UNIT}",
         f"- neighbouring relation: {statements.RELATION}",
-        *(f"- **{note}**" for note in privacy["notes"]),
+        *_notes(privacy),
         "",
         "Not protected:",
         "",
@@ -57,3 +59,32 @@ def model_card(outcome: Outcome, contract: Contract, documents: dict[str, dict[s
         "",
     ]
     return "\n".join(lines)
+
+
+def _towards_server(privacy: dict[str, Any]) -> str:
+    if privacy["secure_aggregation"]:
+        return "- the same epsilon towards the server, which saw masked sums"
+    return f"- epsilon towards the server: {epsilon_text(privacy['epsilon_towards_server'])}"
+
+
+def _achieved(privacy: dict[str, Any]) -> list[str]:
+    """Tell epsilon by the noise that was there, and what colluders leave of it."""
+    achieved = privacy["achieved"]
+    fewest, most = achieved["survivors_min"], achieved["survivors_max"]
+    among = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    lines = [
+        f"- by the noise of {among} merchants in a sum, epsilon {epsilon_text(achieved['epsilon'])}"
+    ]
+    for told in privacy["colluders"]:
+        if told["colluders"]:
+            left = "unbounded" if told["epsilon"] is None else epsilon_text(told["epsilon"])
+            verb = "colludes" if told["colluders"] == 1 else "collude"
+            lines.append(f"- if {told['colluders']:,} of them {verb} with whoever looks: {left}")
+    return lines
+
+
+def _notes(privacy: dict[str, Any]) -> list[str]:
+    """Print warnings in bold; that sums were masked is none."""
+    calm = 1 if privacy["secure_aggregation"] else 0
+    notes = privacy["notes"]
+    return [f"- {note}" for note in notes[:calm]] + [f"- **{note}**" for note in notes[calm:]]

@@ -1,6 +1,8 @@
 """A finished run -> its bundle. Everything in it is post-processing of noisy sums."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +169,62 @@ def towards_server(outcome: Outcome, contract: Contract) -> list[tuple[str, Even
     ]
 
 
+def survivors(outcome: Outcome, contract: Contract) -> list[int]:
+    """Return the merchants of every sum, the fewest that the contract allows where none came."""
+    fewest = contract.min_survivors
+    return [fewest if found is None else found for found in outcome.survivors]
+
+
+def achieved_epsilon(outcome: Outcome, contract: Contract, colluders: int = 0) -> float:
+    """Return epsilon by the noise that the sums really held; unbounded where nothing is left.
+
+    In mode 'distributed' each of the n merchants of a sum adds a share of sigma^2 / m, where m is
+    the number that the plan counts on. Colluders know and subtract their own shares, so sigma is
+    that of the plan times sqrt((n - colluders) / m). In mode 'local' the share of one merchant is
+    all of sigma^2, whoever colludes.
+
+    Args:
+        outcome: The run.
+        contract: Its contract.
+        colluders: Merchants in every sum that tell their noise to whoever looks.
+    """
+    events = [event for _, event in outcome.events]
+    if contract.training.mode == "distributed":
+        honest = [found - colluders for found in survivors(outcome, contract)]
+        if min(honest) < 1:
+            return math.inf
+        m = contract.noise_contributors
+        events = [
+            replace(event, noise_multiplier=event.noise_multiplier * math.sqrt(shares / m))
+            for event, shares in zip(events, honest, strict=True)
+        ]
+    return epsilon(events, contract.privacy.delta)
+
+
+def colluder_counts(merchants: int) -> list[int]:
+    """Return for how many colluders of a smallest sum a result tells epsilon.
+
+    None, one, a tenth (rounded up) and the most that secure aggregation withstands in any case:
+    just below a third.
+
+    >>> colluder_counts(106), colluder_counts(2)
+    ([0, 1, 11, 35], [0, 1])
+    """
+    return sorted({0, 1, -(-merchants // 10), (merchants - 1) // 3})
+
+
 def privacy_document(outcome: Outcome, contract: Contract) -> dict[str, Any]:
     """Return everything that was released, and the epsilon of all of it together."""
-    delta = contract.privacy.delta
+    delta, mode = contract.privacy.delta, contract.training.mode
+    secure = contract.aggregation.secure
     total = epsilon([event for _, event in outcome.events], delta)
     server = epsilon([event for _, event in towards_server(outcome, contract)], delta)
-    notes = [statements.NOT_MASKED[contract.training.mode]] + (
+    cohorts = survivors(outcome, contract)
+    fewest = min(cohorts)
+    notes = [statements.sums_statement(mode, secure=secure, merchants=fewest)] + (
         [statements.NOT_FOR_RELEASE] if outcome.repeatable else []
     )
+    colluding = {f: achieved_epsilon(outcome, contract, f) for f in colluder_counts(fewest)}
     return {
         "format": "hansa/privacy/1",
         "run": outcome.run,
@@ -182,20 +232,32 @@ def privacy_document(outcome: Outcome, contract: Contract) -> dict[str, Any]:
         "unit_of_privacy": statements.UNIT,
         "neighbouring_relation": statements.RELATION,
         "mechanism": "Gaussian noise on sums of clipped contributions",
-        "model": contract.training.mode,
-        "secure_aggregation": contract.aggregation.secure,
+        "model": mode,
+        "secure_aggregation": secure,
         "epsilon": total,
         "delta": delta,
         "epsilon_towards_server": server,
         "epsilon_cap": contract.privacy.epsilon,
         "noise_contributors": contract.noise_contributors,
+        "achieved": {
+            "epsilon": colluding[0],
+            "survivors_min": fewest,
+            "survivors_max": max(cohorts),
+        },
+        "colluders": [
+            {"colluders": f, "epsilon": value if math.isfinite(value) else None}
+            for f, value in colluding.items()
+        ],
         "merchants": {merchant: total for merchant in outcome.merchants},
         "epsilon_by_stage": epsilon_by_stage(outcome, delta),
         "events": {
             stage: [to_document(event) for event in merged(_of_stage(outcome, stage))]
             for stage in dict.fromkeys(stage for stage, _ in outcome.events)
         },
-        "assumptions": list(statements.ASSUMPTIONS),
+        "assumptions": [
+            *statements.ASSUMPTIONS,
+            *(statements.MASKED_ASSUMPTIONS if secure else ()),
+        ],
         "not_protected": list(statements.NOT_PROTECTED),
         "notes": notes,
     }

@@ -274,22 +274,27 @@ class CoordinatorSession:
 
     def _holders(self, step: _Step, dealer: int, kind: int) -> tuple[int, ...]:
         """Return `threshold` members that revealed the share that this dealer dealt."""
-        size = self.roster.size
+        size, dealt_by = self.roster.size, self.roster.adverts[dealer].merchant
         digests = step.escrows[dealer].digests[size * MARK_BYTES * kind :]
         good: list[int] = []
+        bad: list[int] = []
         for holder in sorted(step.shares):
             promised = digests[MARK_BYTES * holder : MARK_BYTES * (holder + 1)]
-            if share_digest(step.shares[holder][dealer]) == promised:
-                good.append(holder)
-            else:
-                names = (self.roster.adverts[i].merchant for i in (holder, dealer))
-                self.blamed[" or ".join(names)] = "a share is not the one that was promised"
+            fits = share_digest(step.shares[holder][dealer]) == promised
+            (good if fits else bad).append(holder)
             if len(good) == self.roster.threshold:
-                return tuple(good)
-        raise SecureSumError(
-            f"field 'shares': {len(good)} good shares of '{self.roster.adverts[dealer].merchant}' "
-            f"were revealed, {self.roster.threshold} are needed"
-        )
+                break
+        for holder in bad:
+            names = f"{self.roster.adverts[holder].merchant} or {dealt_by}"
+            self.blamed[names] = "a share is not the one that was promised"
+        if len(good) < self.roster.threshold:
+            if len(bad) > (size - 1) // 3:  # fewer than a third lie: so the dealer did
+                self._escrows.pop(dealer, None)
+            raise SecureSumError(
+                f"field 'shares': {len(good)} good shares of '{dealt_by}' were revealed, "
+                f"{self.roster.threshold} are needed"
+            )
+        return tuple(good)
 
     def _row(self, step: _Step, absent: int, secret: bytes) -> dict[int, bytes]:
         """Return the pair keys of a member that is out with every survivor."""

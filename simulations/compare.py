@@ -16,8 +16,9 @@ from clients.features import encode
 from clients.release import noisy_sum
 from clients.table import CustomerTable
 from clients.training import clipped_gradient_sum
+from common import statements
 from common.contract import Contract, Training
-from common.fixed_point import from_lattice, lattice_step
+from common.fixed_point import STEPS_PER_UNIT, from_lattice, lattice_step
 from common.network import initial_parameters, network_of
 from common.noise import NoiseSource
 from common.plan import plan_of
@@ -105,7 +106,8 @@ def compare(question: Question, on_step: Callable[[str], None]) -> Comparison:
         delta=max(deltas),
         sizes=tuple(f"{low} to {high}" for low, high in ranges),
         rows=tuple(_row(*key, found) for key, found in scores.items()),
-        notes=(question.dataset.provenance, *_notes()),
+        secure=question.contract.aggregation.secure,
+        notes=(question.dataset.provenance, *_notes(question.contract)),
     )
 
 
@@ -237,8 +239,9 @@ def train_centrally(
                 noise_multiplier=plan.update.event.noise_multiplier,
                 contributors=1,
                 noise=noise,
+                steps=STEPS_PER_UNIT,  # in one place no ring limits the lattice
             )
-            total = from_lattice(noisy, lattice_step(clip_norm))
+            total = from_lattice(noisy, lattice_step(clip_norm, STEPS_PER_UNIT))
         optimizer.step(total / customers)
     return optimizer.published
 
@@ -274,11 +277,11 @@ def _spread(values: list[float]) -> Spread:
     )
 
 
-def _notes() -> tuple[str, ...]:
+def _notes(contract: Contract) -> tuple[str, ...]:
     return (
         "Epsilon is for one customer of one merchant and for the whole run: training, "
         "evaluation, census and profiles.",
         "'alone' and 'pooled' without privacy are trained without clipping or noise, with steps "
         "and learning rate chosen on synthetic customers.",
-        "Sums of the federated runs were not masked; see the report of `hansa simulate`.",
+        *((statements.MASKED_COMPARED,) if contract.aggregation.secure else ()),
     )

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from simulations.result import (
+    Collusion,
     Comparison,
     ComparisonRow,
     MerchantRecord,
     SimulationResult,
     Spread,
 )
+from simulations.wording import comparison_caution
 
 
 def simulation_document(result: SimulationResult, report: Path | None = None) -> dict[str, Any]:
@@ -31,6 +33,12 @@ def simulation_document(result: SimulationResult, report: Path | None = None) ->
         "epsilon_recomputed": _finite(result.epsilon_recomputed),
         "epsilon_opacus": _finite(result.epsilon_opacus),
         "delta": _finite(result.delta),
+        "achieved": {
+            "epsilon": _finite(result.achieved.epsilon),
+            "survivors_min": int(result.achieved.survivors_min),
+            "survivors_max": int(result.achieved.survivors_max),
+        },
+        "colluders": [_collusion(collusion) for collusion in result.colluders],
         "merchants": [_merchant(merchant) for merchant in result.merchants],
         "metrics": {name: _finite(value) for name, value in result.metrics.items()},
         "bundle": str(result.bundle),
@@ -43,6 +51,7 @@ def simulation_document(result: SimulationResult, report: Path | None = None) ->
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
     """Turn a comparison into the document that `hansa compare --json` prints."""
+    caution = comparison_caution(comparison)
     return {
         "schema": "hansa/compare/1",
         "data": comparison.data,
@@ -52,9 +61,10 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "merchants": comparison.merchants,
         "customers": int(comparison.customers),
         "delta": _finite(comparison.delta),
+        "secure": comparison.secure,
         "sizes": list(comparison.sizes),
         "rows": [_row(row) for row in comparison.rows],
-        "notes": list(comparison.notes),
+        "notes": [*([] if caution is None else [caution.text]), *comparison.notes],
     }
 
 
@@ -63,8 +73,13 @@ def _merchant(merchant: MerchantRecord) -> dict[str, Any]:
         "id": merchant.id,
         "customers": int(merchant.customers),
         "epsilon": _finite(merchant.epsilon),
+        "accuracy": _finite(merchant.accuracy),
         "refused": merchant.refused,
     }
+
+
+def _collusion(collusion: Collusion) -> dict[str, Any]:
+    return {"colluders": int(collusion.colluders), "epsilon": _finite(collusion.epsilon)}
 
 
 def _row(row: ComparisonRow) -> dict[str, Any]:

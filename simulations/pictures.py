@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import HansaError
+from common.statements import epsilon_text
 from simulations.result import Comparison, ComparisonRow, RoundRecord, SimulationResult, Spread
 from simulations.wording import (
     RULES,
     TOO_FEW,
-    epsilon_text,
     known,
     method_name,
     number,

@@ -61,6 +61,7 @@ def write_report(result: SimulationResult, path: Path) -> None:
             contract=result.contract,
             headline=wording.headline(result),
             cautions=wording.cautions(result),
+            assurance=wording.assurance(result),
             merchants=sorted(result.merchants, key=lambda merchant: merchant.refused is None),
             refused=sum(merchant.refused is not None for merchant in result.merchants),
             pictures={
@@ -97,6 +98,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         .render(
             comparison=comparison,
             verdict=verdict(comparison),
+            caution=wording.comparison_caution(comparison),
             pictures={
                 "accuracy": pictures.method_dots(comparison, "accuracy"),
                 "auc": pictures.method_dots(comparison, "auc"),
@@ -188,7 +190,7 @@ def _settings(contract: Contract) -> list[tuple[str, str]]:
     training, model, privacy = contract.training, contract.model, contract.privacy
     federation, aggregation = contract.federation, contract.aggregation
     layers = ", ".join(str(size) for size in model.hidden)
-    epsilon, rate = wording.epsilon_text(privacy.epsilon), wording.number(training.step_size)
+    epsilon, rate = statements.epsilon_text(privacy.epsilon), wording.number(training.step_size)
     needed = f"{federation.min_merchants:,} counted on, {contract.min_survivors:,} in every sum"
     shape = f"{model.family}, hidden layers {layers}, {model.activation}"
     noise = {
@@ -228,7 +230,7 @@ def _environment() -> "Environment":
         "cell": _cell,
         "counted": wording.counted,
         "duration": wording.duration,
-        "epsilon": wording.epsilon_text,
+        "epsilon": statements.epsilon_text,
         "method": wording.method_name,
         "number": wording.number,
         "percent": wording.percent,

@@ -28,7 +28,8 @@ class MerchantRecord:
     customers: int
     epsilon: float  # of all its releases, towards whoever sees sums
     epsilon_server: float  # of all its releases, towards whoever sees its single messages
-    accuracy: float | None  # from its own noisy evaluation message; covered by epsilon_server
+    # from its own noisy evaluation message, covered by epsilon_server; None where sums are masked
+    accuracy: float | None
     accuracy_error: float | None
     refused: str | None  # why it did not (or not to the end) take part
 
@@ -43,6 +44,23 @@ class SegmentRecord:
     share_error: float | None
     action: str
     profile: dict[str, dict[str, float | str | None]]  # feature -> {typical, low, high, unit}
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """The noise that the sums of a run really held."""
+
+    epsilon: float  # by that noise; never above what is claimed
+    survivors_min: int  # merchants in the smallest sum
+    survivors_max: int
+
+
+@dataclass(frozen=True)
+class Collusion:
+    """What is left of a run's promise where merchants tell others their noise."""
+
+    colluders: int  # in every sum
+    epsilon: float  # of the honest ones' customers; infinite: nothing is left
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,8 @@ class SimulationResult:
     epsilon_server: float
     epsilon_recomputed: float  # the independent second opinion on `epsilon`
     epsilon_opacus: float  # Opacus' PRV upper bound for the same events; adds 0.01 by design
+    achieved: Achieved
+    colluders: tuple[Collusion, ...]  # from none to just below a third
     delta: float
     spent: dict[str, float]  # purpose -> epsilon of that purpose alone
     secure: bool
@@ -104,4 +124,5 @@ class Comparison:
     delta: float
     sizes: tuple[str, ...]  # names of the merchant-size groups, small to large
     rows: tuple[ComparisonRow, ...]
+    secure: bool  # whether the sums of the federated runs were masked
     notes: tuple[str, ...] = ()

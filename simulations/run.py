@@ -1,9 +1,10 @@
 """Contract and merchants -> a finished run: rounds through Flower, bundle, assignments, result."""
 
+import math
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +19,24 @@ from common import statements
 from common.accounting import PRV_ERROR, epsilon, opacus_epsilon
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
-from common.errors import AccountingError, DataError
+from common.errors import AccountingError, DataError, RunError
 from common.events import Event, merged, to_document
 from common.identity import write_members
 from common.ledger import Entry
+from common.plan import UPDATE
 from server.app import create_app as create_server_app
 from server.coordinator import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
 from simulations.federation import Federation, Member, training_customers
 from simulations.grid import FIRST_NODE, Fault, run_in_process
-from simulations.result import MerchantRecord, RoundRecord, SegmentRecord, SimulationResult
+from simulations.result import (
+    Achieved,
+    Collusion,
+    MerchantRecord,
+    RoundRecord,
+    SegmentRecord,
+    SimulationResult,
+)
 
 _OWN_NAMES = frozenset(
     {
@@ -90,7 +99,8 @@ def simulate(
 
     Raises:
         DataError: No merchant has a customer to train on.
-        RunError: Too few merchants take part or answer.
+        RunError: Too few merchants take part or answer, or the coordinator counts merchants in a
+            sum that did not confirm it.
         AccountingError: Two accountants disagree on what was spent.
     """
     began = time.monotonic()
@@ -107,10 +117,12 @@ def simulate(
         on_round(records[-1], round_report.rounds)
 
     outcome = run_rounds(federation, out, report, fault)
+    if contract.aggregation.secure:
+        _check_survivors(federation, outcome)
     merchants, spending = _spending(federation, outcome)  # may refuse to claim an epsilon
     documents = publish(outcome, contract, out / "bundle", Ed25519PrivateKey.generate())
     _assign_everywhere(federation, out)
-    metrics = documents["metrics.json"]
+    metrics, privacy = documents["metrics.json"], documents["privacy.json"]
     return SimulationResult(
         run=outcome.run,
         data=federation.data,
@@ -129,6 +141,11 @@ def simulate(
         epsilon_server=spending.server,
         epsilon_recomputed=spending.recomputed,
         epsilon_opacus=spending.opacus,
+        achieved=Achieved(**privacy["achieved"]),
+        colluders=tuple(
+            Collusion(told["colluders"], math.inf if told["epsilon"] is None else told["epsilon"])
+            for told in privacy["colluders"]
+        ),
         delta=contract.privacy.delta,
         spent=epsilon_by_stage(outcome, contract.privacy.delta),
         secure=contract.aggregation.secure,
@@ -189,6 +206,46 @@ def _assign_everywhere(federation: Federation, out: Path) -> None:
     bundle = read_bundle(out / "bundle")
     for member in federation.members:
         write_assignments(assign(bundle, member.table), out / "merchants" / member.merchant)
+
+
+def _check_survivors(federation: Federation, outcome: Outcome) -> None:
+    """Hold the coordinator's counts against what every merchant noted when it helped to unmask.
+
+    Raises:
+        RunError: The coordinator counts more merchants in a sum than one of them confirmed, or
+            nobody confirmed a sum.
+    """
+    noted = {m.merchant: m.worker.ledger.survivors(outcome.run) for m in federation.members}
+    for (stage, number, attempt), claimed in _occasions(outcome):
+        if claimed is None:
+            continue  # nothing was unmasked; counted as the fewest that the contract allows
+        confirmed = {
+            name: own[stage, number, attempt]
+            for name, own in noted.items()
+            if (stage, number, attempt) in own
+        }
+        fewest = min(confirmed, key=lambda name: confirmed[name], default="")
+        if not fewest or claimed > confirmed[fewest]:
+            told = f"'{fewest}' confirmed {confirmed[fewest]}" if fewest else "nobody confirmed it"
+            raise RunError(
+                f"{stage} of round {number}: the coordinator counts {claimed} merchants in the "
+                f"sum, {told}; nothing is claimed"
+            )
+
+
+def _occasions(outcome: Outcome) -> Iterator[tuple[tuple[str, int, int], int | None]]:
+    """Yield ((stage, round, attempt), merchants in the sum) in the order of asking.
+
+    A failed attempt is followed by the next one of the same stage and round, or by nothing of it.
+    """
+    number, attempt = 0, 0
+    before: tuple[str, int | None] = ("", None)
+    for (stage, _), found in zip(outcome.events, outcome.survivors, strict=True):
+        again = before == (stage, None)
+        attempt = attempt + 1 if again else 0
+        number += stage == UPDATE and not again
+        yield (stage, number, attempt), found
+        before = (stage, found)
 
 
 @dataclass(frozen=True)

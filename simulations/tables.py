@@ -8,19 +8,23 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from common.statements import epsilon_text
 from simulations.result import Comparison, ComparisonRow, MerchantRecord, SimulationResult
 from simulations.wording import (
     NOTHING,
+    assurance,
     cautions,
+    collusion,
+    comparison_caution,
     counted,
     duration,
-    epsilon_text,
     headline,
     method_name,
     number,
     percent,
     plain,
     spread_text,
+    verdict,
 )
 
 MAX_MERCHANTS = 25
@@ -33,17 +37,24 @@ def merchants_table(result: SimulationResult) -> Table:
     shown = _shown(result.merchants)
     table = Table(title="Merchants", title_justify="left", title_style="bold")
     table.add_column("Merchant", overflow="fold", min_width=11, max_width=32)
-    for heading in ("Customers", "Epsilon", "Towards server", "Delta", "Noisy accuracy"):
+    headings = ["Customers", "Epsilon", "Delta"]
+    if not result.secure:
+        headings = ["Customers", "Epsilon", "Towards server", "Delta", "Noisy accuracy"]
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     if any(merchant.refused is not None for merchant in shown):
         table.add_column("Refused because", overflow="fold")
     for merchant in shown:
-        table.add_row(*_merchant_cells(merchant, result.delta)[: len(table.columns)])
+        table.add_row(*_merchant_cells(merchant, result)[: len(table.columns)])
     hidden = len(result.merchants) - len(shown)
-    caption = (
-        "Customer counts are known to this simulator only; they never travel. A merchant's noisy\n"
-        "accuracy is covered by its epsilon towards the server only: do not release this table."
-    )
+    caption = "Customer counts are known to this simulator only; they never travel."
+    if result.secure:
+        caption += " Do not release this table."
+    else:
+        caption += (
+            " A merchant's noisy\naccuracy is covered by its epsilon towards the server only: "
+            "do not release this table."
+        )
     if hidden:
         caption = (
             f"{counted(hidden, 'more merchant')} not shown; the report has all "
@@ -59,18 +70,24 @@ def summary_lines(result: SimulationResult) -> list[Text]:
     for caution in cautions(result):
         style = "bold red" if caution.grave else "yellow"
         lines.append(Text(f"{caution.title}. {caution.text}", style=style))
+    if told := assurance(result):
+        lines.append(Text(told))
     lines.extend(Text(plain(note), style="yellow") for note in result.notes)
     refused = sum(merchant.refused is not None for merchant in result.merchants)
     metrics = result.metrics
+    towards = "whoever sees sums"
+    server = f"{epsilon_text(result.epsilon_server)} towards the server, "
+    if result.secure:
+        towards, server = f"{towards}, the server included", ""
     figures = [
         (
             "Epsilon",
-            f"{epsilon_text(result.epsilon)} towards whoever sees sums "
+            f"{epsilon_text(result.epsilon)} towards {towards} "
             f"(recomputed {epsilon_text(result.epsilon_recomputed)} by dp-accounting, at most "
             f"{epsilon_text(result.epsilon_opacus)} by Opacus), "
-            f"{epsilon_text(result.epsilon_server)} towards the server, "
-            f"delta {number(result.delta)}",
+            f"{server}delta {number(result.delta)}",
         ),
+        ("Colluders", collusion(result)),
         (
             "Quality",
             f"noisy accuracy {percent(metrics.get('accuracy'), metrics.get('accuracy_error'))}, "
@@ -105,6 +122,13 @@ def comparison_table(comparison: Comparison) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def comparison_lines(comparison: Comparison) -> list[Text]:
+    """Weigh the methods in words: a caution in red first, then the verdict and the notes."""
+    caution = comparison_caution(comparison)
+    red = [] if caution is None else [Text(f"{caution.title}. {caution.text}", style="bold red")]
+    return [*red, *(Text(plain(told)) for told in (*verdict(comparison), *comparison.notes))]
 
 
 def sizes_table(comparison: Comparison) -> Table:
@@ -142,14 +166,16 @@ def _shown(merchants: Sequence[MerchantRecord]) -> list[MerchantRecord]:
     return taking_part + refused[:MAX_REFUSED]
 
 
-def _merchant_cells(merchant: MerchantRecord, delta: float) -> list[Text]:
+def _merchant_cells(merchant: MerchantRecord, result: SimulationResult) -> list[Text]:
     accuracy = percent(merchant.accuracy, merchant.accuracy_error)
-    return [
+    cells = [
         Text(plain(merchant.id)),
         Text(f"{merchant.customers:,}"),
         Text(epsilon_text(merchant.epsilon)),
         Text(epsilon_text(merchant.epsilon_server)),
-        Text(number(delta)),
+        Text(number(result.delta)),
         Text(accuracy, style="dim" if accuracy == NOTHING else ""),
         Text(plain(merchant.refused or ""), style="red"),
     ]
+    # what only single messages tell is nowhere to be seen where sums are masked
+    return [*cells[:3], cells[4], cells[6]] if result.secure else cells

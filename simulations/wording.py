@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common import statements
+from common.statements import epsilon_text
 from simulations.result import Comparison, ComparisonRow, SimulationResult, Spread
 
 TOO_FEW = "too few"
@@ -78,20 +80,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def epsilon_text(value: float, digits: int = 4) -> str:
-    """Write an epsilon, rounded up in its last digit.
-
-    >>> epsilon_text(0.97121), epsilon_text(1.0000000000000002), epsilon_text(float("inf"))
-    ('0.9713', '1', 'unbounded')
-    """
-    if not math.isfinite(value):
-        return "unbounded"
-    if value <= 0:
-        return "0"
-    step = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
-    return f"{math.ceil(round(value * step, 6)) / step:.12g}"
-
-
 def percent(value: float | None, error: float | None = None) -> str:
     """Write a share in percent, with one standard deviation where it is known.
 
@@ -154,8 +142,31 @@ def headline(result: SimulationResult) -> str:
         f"learned to tell {segments} customer segments apart, {quality}, "
         f"for an epsilon of {epsilon_text(result.epsilon)} of the "
         f"{epsilon_text(result.contract.privacy.epsilon)} allowed, "
-        "towards whoever sees sums only."
+        + ("towards the server too." if result.secure else "towards whoever sees sums only.")
     )
+
+
+def assurance(result: SimulationResult) -> str:
+    """Say what masking gave; nothing where sums were not masked, of which `cautions` warn."""
+    if not result.secure:
+        return ""
+    mode, fewest = result.contract.training.mode, result.achieved.survivors_min
+    return statements.sums_statement(mode, secure=True, merchants=fewest)
+
+
+def collusion(result: SimulationResult) -> str:
+    """Say in one line what noise was achieved, and what colluders leave of it."""
+    achieved = epsilon_text(result.achieved.epsilon)
+    if result.contract.training.mode == "local":
+        return f"epsilon {achieved} whoever colludes: each merchant's own noise is enough"
+    fewest, most = result.achieved.survivors_min, result.achieved.survivors_max
+    among = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    parts = [f"epsilon {achieved} by the noise of {among} merchants a sum"]
+    for told in result.colluders:
+        if told.colluders:
+            verb = "colludes" if told.colluders == 1 else "collude"
+            parts.append(f"{epsilon_text(told.epsilon)} if {told.colluders:,} {verb}")
+    return ", ".join(parts)
 
 
 def cautions(result: SimulationResult) -> list[Caution]:
@@ -197,6 +208,13 @@ def _not_masked(result: SimulationResult) -> Caution:
     if contrast:
         text += f" The {claimed} holds only towards those who see sums and what is published."
     return Caution("The sums were not masked", text, grave=True)
+
+
+def comparison_caution(comparison: Comparison) -> Caution | None:
+    """Warn of a comparison whose federated runs summed plainly."""
+    if comparison.secure:
+        return None
+    return Caution("The sums were not masked", statements.NOT_MASKED_COMPARED, grave=True)
 
 
 def method_name(row: ComparisonRow) -> str:

@@ -261,10 +261,27 @@ class TestManners:
         """No page names a folder of somebody's machine."""
         assert not _MACHINE_PATH.search(page.read_text(encoding="utf-8"))
 
-    def test_unmasked_sums_are_admitted_early(self) -> None:
-        """The README says that sums are not masked before it shows anything else."""
-        text = (ROOT / "README.md").read_text(encoding="utf-8")
-        assert "does not mask the sums" in text.partition("##")[0]
+    def test_the_limits_of_masked_sums_are_told_early(self) -> None:
+        """The README says against whom sums are masked before it shows anything else."""
+        text = (ROOT / "README.md").read_text(encoding="utf-8").partition("##")[0]
+        assert "Sums are masked" in text
+        assert "fewer than a third of the merchants of a sum collude" in text
+        assert "Plain sums need a flag" in text
+
+    @pytest.mark.parametrize("page", PAGES, ids=name_of)
+    def test_no_page_says_that_secure_sums_are_missing(self, page: Path) -> None:
+        """What was true of the first version is nowhere promised any more."""
+        text = page.read_text(encoding="utf-8")
+        for stale in ("does not mask", "not masked yet", "Not in this version: must be false"):
+            assert stale not in text
+
+    def test_a_change_of_what_is_released_is_in_the_changelog(self) -> None:
+        """Protocol, keys, files, noise: under Privacy."""
+        text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Privacy")[2]
+        for told in ("Protocol version 2", "`members.toml`", "`identity.key`", "`session.sealed`"):
+            assert told in text
+        for told in ("max_customers", "min_cohort", "discrete Gaussian", "noisy accuracy"):
+            assert told in text
 
     def test_the_changelog_has_a_privacy_heading(self) -> None:
         """Changes of what is released stand under a heading of their own."""

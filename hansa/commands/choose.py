@@ -27,8 +27,26 @@ def chosen_dataset(
     )
 
 
-def chosen_contract(dataset: "Dataset", path: Path | None) -> Contract:
+def refuse_single_merchant(merchants: int | None, path: Path | None, *, plain: bool) -> None:
+    """Refuse secure sums over the only merchant there is, before customers are read.
+
+    Raises:
+        ContractError: Says what to do instead.
+    """
+    if merchants == 1 and not plain and (path is None or read_contract(path).aggregation.secure):
+        raise ContractError(
+            "--merchants: a secure sum hides nothing of a single merchant; use 2 merchants or "
+            "more, or --insecure-plain-sums"
+        )
+
+
+def chosen_contract(dataset: "Dataset", path: Path | None, *, plain: bool) -> Contract:
     """Return the contract of a file, or the data set's own, for the data set's merchants.
+
+    Args:
+        dataset: Whose customers are to be learned from.
+        path: The contract file; None for the data set's own.
+        plain: Sum without masks, whatever the contract says.
 
     Raises:
         ContractError: The file does not fit the data set.
@@ -45,7 +63,10 @@ def chosen_contract(dataset: "Dataset", path: Path | None) -> Contract:
                 raise ContractError(
                     f"{path}: {key}: data set {dataset.name} has no column '{column}'"
                 )
-    return contract.revised(federation={"min_merchants": len(dataset.merchants)})
+    changes: dict[str, Any] = {"federation": {"min_merchants": len(dataset.merchants)}}
+    if plain:
+        return contract.revised("--insecure-plain-sums", aggregation={"secure": False}, **changes)
+    return contract.revised(**changes)
 
 
 def with_options(contract: Contract, **options: tuple[str, Any]) -> Contract:

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from hansa.commands.choose import chosen_contract, chosen_dataset, write_json
+from hansa.commands.choose import (
+    chosen_contract,
+    chosen_dataset,
+    refuse_single_merchant,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Choices:
     epsilons: tuple[float, ...]
     seeds: int
     data_seed: int
+    insecure_plain_sums: bool
     out: Path | None
     json: Path | None
 
@@ -32,6 +38,7 @@ def run(choices: Choices) -> None:
     for epsilon in choices.epsilons:
         if not 0 < epsilon <= 100:
             raise DataError(f"--epsilon: expected a number above 0 and up to 100, got {epsilon:g}")
+    refuse_single_merchant(choices.merchants, choices.contract, plain=choices.insecure_plain_sums)
     console = Console(stderr=str(choices.json) == "-")
     with console.status("reading customers") as status:
         dataset = chosen_dataset(
@@ -42,11 +49,11 @@ def run(choices: Choices) -> None:
             merchants=choices.merchants,
             seed=choices.data_seed,
         )
-        contract = chosen_contract(dataset, choices.contract)
+        contract = chosen_contract(dataset, choices.contract, plain=choices.insecure_plain_sums)
         from simulations.compare import Question, compare
         from simulations.documents import comparison_document
-        from simulations.report import verdict, write_comparison, write_comparison_picture
-        from simulations.tables import comparison_table, sizes_table
+        from simulations.report import write_comparison, write_comparison_picture
+        from simulations.tables import comparison_lines, comparison_table, sizes_table
 
         epsilons = tuple(sorted(set(choices.epsilons)))
 
@@ -59,8 +66,8 @@ def run(choices: Choices) -> None:
         comparison = compare(Question(dataset, contract, epsilons, choices.seeds), tell)
     console.print(comparison_table(comparison))
     console.print(sizes_table(comparison))
-    for sentence in (*verdict(comparison), *comparison.notes):
-        console.print(sentence, highlight=False, markup=False)
+    for line in comparison_lines(comparison):
+        console.print(line)
     if choices.out is not None:
         choices.out.mkdir(parents=True, exist_ok=True)
         write_comparison(comparison, choices.out / "comparison.html")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common.contract import read_contract
 from common.plan import plan_of, planned_epsilon, planned_epsilon_towards_server
+from common.statements import epsilon_text
 
 
 def run(path: Path) -> None:
@@ -30,10 +31,18 @@ def run(path: Path) -> None:
         last = " (last)" if release is plan.final_evaluation else ""
         table.add_row(release.stage + last, str(release.length), sigma, str(release.times))
     console.print(table)
-    sums, server = planned_epsilon(contract), planned_epsilon_towards_server(contract)
-    console.print(
-        f"Everything together, at delta {contract.privacy.delta:.3g}:\n"
-        f"epsilon {sums:.4g} towards whoever sees sums\n"
-        f"epsilon {server:.4g} towards the server (sums are not masked)",
-        highlight=False,
-    )
+    told = [
+        f"Everything together, at delta {contract.privacy.delta:.3g}:",
+        f"epsilon {epsilon_text(planned_epsilon(contract))} towards whoever sees sums",
+    ]
+    if contract.aggregation.secure:
+        told[-1] += ", the server included"
+        told.append(
+            f"Sums are masked: the server sees them over at least {contract.min_survivors} "
+            "merchants, and no single\nmessage, if fewer than a third of the merchants of a sum "
+            "collude with it."
+        )
+    else:
+        server = epsilon_text(planned_epsilon_towards_server(contract))
+        told.append(f"epsilon {server} towards the server (sums are not masked)")
+    console.print("\n".join(told), highlight=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import DataError
+from common.errors import ContractError, DataError
 
 app = typer.Typer(help="List, show and write the built-in data sets.", no_args_is_help=True)
 
@@ -95,6 +95,10 @@ def generate(  # noqa: PLR0913, PLR0917
 
     if epsilon is not None and not 0 < epsilon <= 100:
         raise DataError(f"--epsilon: expected a number above 0 and up to 100, got {epsilon:g}")
+    if merchants == 1:
+        raise ContractError(
+            "--merchants: a secure sum hides nothing of a single merchant; use 2 merchants or more"
+        )
     dataset = chosen_dataset(
         data, partition=partition, label=label, preset=preset, merchants=merchants, seed=data_seed
     )

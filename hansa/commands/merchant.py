@@ -27,7 +27,6 @@ def check(
     from clients.merchant import read_merchant
     from clients.table import read_table
     from common.contract import read_contract
-    from common.plan import planned_epsilon, planned_epsilon_towards_server
 
     agreed = read_contract(contract)
     merchant = read_merchant(merchant_file)
@@ -40,22 +39,76 @@ def check(
     for feature, customers in table.out_of_bounds.items():
         if customers:
             typer.echo(f"{feature}: {customers:,} customers outside the contract's bounds, clipped")
-    towards_server, policy = planned_epsilon_towards_server(agreed), merchant.policy
-    server_cap = policy.epsilon_towards_server
-    typer.echo(
-        f"a run under this contract costs epsilon {planned_epsilon(agreed):.4g} towards whoever "
-        f"sees sums and {towards_server:.4g} towards the server, at delta "
-        f"{agreed.privacy.delta:.3g}"
-    )
-    typer.echo(
-        f"your cap over all runs is epsilon {policy.epsilon:.4g} towards whoever sees sums and "
-        f"{'not stated' if server_cap is None else f'{server_cap:.4g}'} towards the server, at "
-        f"delta {policy.delta:.3g}"
-    )
-    if not agreed.aggregation.secure and not merchant.policy.accept_unmasked_sums:
+    _tell_cost(merchant, agreed)
+    if agreed.aggregation.secure:
+        _check_secure(merchant, merchant_file.absolute().parent, agreed)
+    elif not merchant.policy.accept_unmasked_sums:
         typer.echo("your policy refuses this contract: its sums are not masked")
         raise typer.Exit(1)
     _check_budget(merchant, agreed)
+
+
+def _tell_cost(merchant: "Merchant", contract: "Contract") -> None:
+    """Say what a run costs, towards whom, and what the merchant allows."""
+    from common.plan import planned_epsilon, planned_epsilon_towards_server
+    from common.statements import epsilon_text
+
+    sums, policy = epsilon_text(planned_epsilon(contract)), merchant.policy
+    server = epsilon_text(planned_epsilon_towards_server(contract))
+    cap = policy.epsilon_towards_server
+    towards = (
+        f"{sums} towards whoever sees sums, the server included"
+        if contract.aggregation.secure
+        else f"{sums} towards whoever sees sums and {server} towards the server"
+    )
+    typer.echo(
+        f"a run under this contract costs epsilon {towards}, at delta {contract.privacy.delta:.3g}"
+    )
+    typer.echo(
+        f"your cap over all runs is epsilon {policy.epsilon:.4g} towards whoever sees sums and "
+        f"{'not stated' if cap is None else f'{cap:.4g}'} towards the server, at delta "
+        f"{policy.delta:.3g}"
+    )
+
+
+def _check_secure(merchant: "Merchant", folder: Path, contract: "Contract") -> None:
+    """End with exit code 1 where this merchant would help to unmask no sum.
+
+    Raises:
+        IdentityError: Its key or the list of members cannot be used, or they do not agree.
+    """
+    from common.contract import MAX_COHORT
+    from common.errors import IdentityError
+    from common.identity import read_identity, read_members
+    from simulations.wording import counted
+
+    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
+    listed = folder / "members.toml"
+    if not listed.is_file():  # the merchants of a simulation share one: see clients.joining
+        listed = folder.parent.parent / "members.toml"
+    members = read_members(listed)
+    if members.keys.get(identity.merchant) != identity.public:
+        raise IdentityError(
+            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
+            f"{merchant.merchant.key}"
+        )
+    asked, counted_on = merchant.policy.min_cohort, contract.federation.min_merchants
+    short = "" if len(members.keys) >= counted_on else f"; the contract counts on {counted_on:,}"
+    typer.echo(
+        "its sums are masked; your key is enrolled, in a list of "
+        f"{counted(len(members.keys), 'merchant')}{short}"
+    )
+    largest = -(-counted_on // -(-counted_on // MAX_COHORT))
+    if asked > largest:
+        typer.echo(
+            f"your policy refuses this contract: you help to unmask sums over at least {asked} "
+            f"merchants (policy.min_cohort), it counts on {largest}"
+        )
+        raise typer.Exit(1)
+    typer.echo(
+        f"you help to unmask sums over at least {max(asked, contract.min_survivors)} merchants; "
+        "this hides your part as long as fewer than a third of them collude with the server"
+    )
 
 
 def _check_budget(merchant: "Merchant", contract: "Contract") -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ContractError
-from hansa.commands.choose import chosen_contract, chosen_dataset, with_options, write_json
+from common.statements import epsilon_text
+from hansa.commands.choose import (
+    chosen_contract,
+    chosen_dataset,
+    refuse_single_merchant,
+    with_options,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +41,7 @@ class Choices:
     rounds: int | None
     seed: int | None
     data_seed: int
+    insecure_plain_sums: bool
     out: Path | None
     overwrite: bool
     json: Path | None
@@ -78,6 +86,8 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
 
         federation = open_federation(Path(choices.data))
         return lambda _out: federation
+    plain = choices.insecure_plain_sums
+    refuse_single_merchant(choices.merchants, choices.contract, plain=plain)
     dataset = chosen_dataset(
         choices.data,
         partition=choices.partition,
@@ -87,7 +97,7 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
         seed=choices.data_seed,
     )
     contract = with_options(
-        chosen_contract(dataset, choices.contract),
+        chosen_contract(dataset, choices.contract, plain=plain),
         epsilon=("privacy", choices.epsilon),
         mode=("training", choices.mode),
         rounds=("training", choices.rounds),
@@ -120,6 +130,11 @@ def _refuse_overrides(choices: Choices) -> None:
         raise ContractError(
             f"--data-seed: the customers of the federation in {choices.data} are there already"
         )
+    if choices.insecure_plain_sums:
+        raise ContractError(
+            f"--insecure-plain-sums: the federation in {choices.data} has its own contract and "
+            "policies; whether its sums are secure stands in contract.toml (aggregation.secure)"
+        )
     for name in (
         "contract", "partition", "label", "preset", "merchants", "epsilon", "delta", "mode",
         "rounds", "seed",
@@ -140,7 +155,8 @@ def _announce(federation: "Federation", console: "Console") -> None:
     console.print(
         f"{plain(contract.federation.name)}: {len(federation.members)} merchants, "
         f"{contract.training.rounds} rounds, mode {contract.training.mode}, "
-        f"epsilon {contract.privacy.epsilon:g} at delta {contract.privacy.delta:.3g}",
+        f"epsilon {contract.privacy.epsilon:g} at delta {contract.privacy.delta:.3g}, "
+        f"sums {'masked' if contract.aggregation.secure else 'not masked'}",
         highlight=False,
         markup=False,
     )
@@ -170,7 +186,8 @@ def _progress(
         def show(record: "RoundRecord", _rounds: int) -> None:
             nonlocal accuracy
             accuracy = _accuracy(record) or accuracy
-            told = f"{record.cohort} merchants, epsilon {record.epsilon:.3f}/{cap:g}, {accuracy}"
+            spent = epsilon_text(record.epsilon, digits=3)
+            told = f"{record.cohort} merchants, epsilon {spent}/{cap:g}, {accuracy}"
             progress.update(task, completed=record.round, description=told)
 
         yield show
@@ -181,7 +198,8 @@ def _print_round(record: "RoundRecord", rounds: int, cap: float) -> None:
     if accuracy or record.round == rounds:
         print(
             f"round {record.round}/{rounds}: {record.cohort} merchants, "
-            f"epsilon {record.epsilon:.3f} of {cap:g}, {accuracy or 'accuracy too noisy to state'}",
+            f"epsilon {epsilon_text(record.epsilon, digits=3)} of {cap:g}, "
+            f"{accuracy or 'accuracy too noisy to state'}",
             file=sys.stderr,
             flush=True,
         )

@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from clients.app import create_app
 from common.contract import Contract
 from common.errors import RunError
-from common.wire import Attested, SumAnswer, pack, unpack_sum_answer, unpack_sum_request
+from common.wire import (
+    Advertised,
+    Attested,
+    Confirmed,
+    Revealed,
+    Shared,
+    SumAnswer,
+    SumRequest,
+    pack,
+    unpack,
+)
 from server.coordinator import Coordinator, Outcome
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
@@ -21,6 +32,9 @@ from simulations.grid import InProcessGrid
 
 NAMES = [f"merchant-{number:04d}" for number in range(4)]
 LIAR = 1  # number of the merchant that lies
+
+only_plain = pytest.mark.parametrize("secure", [False], ids=["plain"], indirect=True)
+only_secure = pytest.mark.parametrize("secure", [True], ids=["secure"], indirect=True)
 
 Content = Callable[[RecordDict], RecordDict]
 
@@ -31,14 +45,20 @@ def dataset() -> Dataset:
     return load("synthetic", preset="smoke", merchants=4)
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "secure"])
+def secure(request: pytest.FixtureRequest) -> bool:
+    """Say whether sums are secure; both in turn."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def contract(dataset: Dataset) -> Contract:
+def contract(dataset: Dataset, secure: bool) -> Contract:
     """Give a contract of one round that can do without one merchant."""
     return dataset.contract.revised(
         federation={"round_timeout_s": 0.02},
         model={"family": "linear"},
         training={"rounds": 1},
-        aggregation={"min_survivors": 3},
+        aggregation={"min_survivors": 3, "secure": secure},
     )
 
 
@@ -58,21 +78,19 @@ def run_with(federation: Federation, lie: Content, kind: str = "train.update") -
         return Message(lie(reply.content), reply_to=message) if lies else reply
 
     grid = InProcessGrid(client, len(federation.members), {})  # type: ignore[arg-type]
-    return Coordinator(grid, federation.contract, lambda _report: None).run()
+    return Coordinator(grid, federation.contract, lambda _report: None, federation.enrolled).run()
 
 
 def with_vector(vector: np.ndarray, **others: Any) -> Content:
     """Answer with another vector."""
 
     def lie(content: RecordDict) -> RecordDict:
-        answer = unpack_sum_answer(content)
-        fields = {"merchant": answer.merchant, "refusal": answer.refusal, **others}
-        return pack(SumAnswer(vector=vector, **fields))
+        return pack(replace(unpack(SumAnswer, content), vector=vector, **others))
 
     return lie
 
 
-def with_bytes(data: bytes, dtype: str = "int64", length: int = 56) -> Content:
+def with_bytes(data: bytes, dtype: str = "uint32", length: int = 56) -> Content:
     """Answer with an array whose bytes are not what its description says."""
 
     def lie(content: RecordDict) -> RecordDict:
@@ -97,7 +115,7 @@ def archive() -> bytes:
     return file.getvalue()[:1000]
 
 
-def full(value: float, length: int = 56, dtype: str = "int64") -> np.ndarray:
+def full(value: float, length: int = 56, dtype: str = "uint32") -> np.ndarray:
     """Fill a vector."""
     return np.full(length, value, dtype=dtype)
 
@@ -106,14 +124,14 @@ LIES: dict[str, Content] = {
     "too short": with_vector(full(1, 55)),
     "too long": with_vector(full(1, 57)),
     "empty": with_vector(full(1, 0)),
-    "two axes": with_vector(np.zeros((7, 8), dtype=np.int64)),
-    "largest": with_vector(full(2**63 - 1)),
-    "smallest": with_vector(full(-(2**63))),
-    "just too large": with_vector(full(2**53)),
-    "just too small": with_vector(full(-(2**53))),
+    "two axes": with_vector(np.zeros((7, 8), dtype=np.uint32)),
+    "signed": with_vector(full(-1, dtype="int32")),
+    "signed and wide": with_vector(full(-(2**63), dtype="int64")),
+    "a wider ring": with_vector(full(2**64 - 1, dtype="uint64")),
+    "a narrower ring": with_vector(full(1, dtype="uint16")),
+    "the other byte order": with_vector(full(1, dtype=">u4")),
     "not a number": with_vector(full(np.nan, dtype="float64")),
     "floats": with_vector(full(1.0, dtype="float64")),
-    "another width": with_vector(full(1, dtype="int32")),
     "complex": with_vector(full(1, dtype="complex128")),
     "another's name": with_vector(full(1), merchant=NAMES[0]),
     "nobody's name": with_vector(full(1), merchant=""),
@@ -133,13 +151,13 @@ LIES: dict[str, Content] = {
     "a pickle": with_bytes(b"\x80\x04K\x01."),
     "a header that is no header": with_bytes(npy("{'descr': (((")),
     "a header of another shape": with_bytes(
-        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1,), }")
+        npy("{'descr': '<u4', 'fortran_order': False, 'shape': (1,), }")
     ),
     "a header of a huge shape": with_bytes(
-        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1152921504606846975,), }")
+        npy("{'descr': '<u4', 'fortran_order': False, 'shape': (1152921504606846975,), }")
     ),
     "a header of a negative shape": with_bytes(
-        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (-5,), }")
+        npy("{'descr': '<u4', 'fortran_order': False, 'shape': (-5,), }")
     ),
     "a header of objects": with_bytes(
         npy("{'descr': '|O', 'fortran_order': False, 'shape': (56,), }")
@@ -158,19 +176,28 @@ def test_a_lie_is_left_out_with_a_reason(federation: Federation, lie: Content) -
 
 
 @pytest.mark.parametrize("kind", ["query.census", "evaluate.confusion", "query.profile"])
-def test_a_lie_in_another_stage_is_left_out_too(federation: Federation, kind: str) -> None:
+def test_a_lie_in_another_stage_is_left_out_too(
+    federation: Federation, kind: str, secure: bool
+) -> None:
     """Every sum is checked."""
-    outcome = run_with(federation, with_vector(full(-(2**63), 99)), kind)
+    outcome = run_with(federation, with_vector(full(2**31, 99)), kind)
     assert NAMES[LIAR] in outcome.failures
     assert outcome.profile is not None
-    assert (NAMES[LIAR] in outcome.profile.parts) == (kind != "query.profile")
+    assert (
+        NAMES[LIAR]
+        not in {
+            "query.census": outcome.profile.merchants if secure else (),
+            "evaluate.confusion": outcome.evaluations[-1].merchants,
+            "query.profile": outcome.profile.merchants,
+        }[kind]
+    )
 
 
 @pytest.mark.parametrize(
     "lie",
     [
         lambda _content: RecordDict(),
-        lambda content: pack(SumAnswer(NAMES[LIAR], "", full(1))),
+        lambda content: pack(SumAnswer(NAMES[LIAR], "", b"", full(1))),
         lambda content: RecordDict({"hansa": ConfigRecord({"type": "Attested"})}),
     ],
 )
@@ -189,14 +216,18 @@ def test_two_nodes_cannot_share_a_name(federation: Federation) -> None:
     assert outcome.cohorts == [3]
 
 
-def test_a_huge_but_admitted_vector_does_not_break_the_run(federation: Federation) -> None:
+@pytest.mark.parametrize("value", [2**31 - 1, 2**31, 2**32 - 1])
+def test_a_huge_but_admitted_vector_does_not_break_the_run(
+    federation: Federation, value: int
+) -> None:
     """The sum is exact, the step is bounded by Adam, and what is published is finite."""
-    outcome = run_with(federation, with_vector(full(2**53 - 1)))
+    outcome = run_with(federation, with_vector(full(value)))
     assert outcome.cohorts == [4]
     assert np.abs(outcome.parameters).max() < 1.0
 
 
-@pytest.mark.parametrize("value", [2**53 - 1, -(2**53) + 1])
+@only_plain
+@pytest.mark.parametrize("value", [2**30, 2**31, 2**32 - 1])
 def test_a_false_census_does_not_break_the_run(federation: Federation, value: int) -> None:
     """Customers are never counted as fewer than one."""
     outcome = run_with(federation, with_vector(full(value, 1)), "query.census")
@@ -204,16 +235,96 @@ def test_a_false_census_does_not_break_the_run(federation: Federation, value: in
     assert np.isfinite(outcome.parameters).all()
 
 
+@only_plain
+def test_a_census_beyond_the_contract_ends_the_run(federation: Federation) -> None:
+    """Sums could be larger than the ring, so nobody is asked for a further one."""
+    with pytest.raises(RunError, match="room for 1,000,000 customers"):
+        run_with(federation, with_vector(full(3 * 2**29, 1)), "query.census")
+    stages = [e.occasion.stage for e in federation.members[0].worker.ledger.entries()]
+    assert stages == ["census"]
+
+
+SESSION = {
+    "query.advertise": (Advertised, "advert"),
+    "query.share": (Shared, "escrow"),
+    "train.update": (SumAnswer, "escrow"),
+    "query.confirm": (Confirmed, "confirmations"),
+    "query.reveal": (Revealed, "shares"),
+}
+SESSION_LIES: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda _honest: b"",
+    "one byte less": lambda honest: honest[:-1],
+    "one byte more": lambda honest: honest + b"\x00",
+    "another size": lambda _honest: bytes(7),
+}
+
+
+def with_field(kind: str, change: Callable[[bytes], bytes], **others: Any) -> Content:
+    """Answer with other bytes in the field that the session needs."""
+    message, name = SESSION[kind]
+
+    def lie(content: RecordDict) -> RecordDict:
+        honest = unpack(message, content)
+        return pack(replace(honest, **{name: change(getattr(honest, name))}, **others))
+
+    return lie
+
+
+@only_secure
+@pytest.mark.parametrize("change", SESSION_LIES.values(), ids=SESSION_LIES.keys())
+@pytest.mark.parametrize("kind", SESSION)
+def test_a_malformed_part_of_a_session_is_left_out_with_a_reason(
+    federation: Federation, kind: str, change: Callable[[bytes], bytes]
+) -> None:
+    """Three of four set up, add and unmask without it."""
+    outcome = run_with(federation, with_field(kind, change), kind)
+    assert "field '" in outcome.failures[NAMES[LIAR]]
+    assert outcome.cohorts == [4 if kind in {"query.confirm", "query.reveal"} else 3]
+    assert np.isfinite(outcome.parameters).all()
+
+
+@only_secure
+@pytest.mark.parametrize("kind", SESSION)
+def test_nobody_speaks_for_another_in_a_session(federation: Federation, kind: str) -> None:
+    """An answer in another's name is no answer."""
+    outcome = run_with(federation, with_field(kind, lambda x: x, merchant=NAMES[0]), kind)
+    assert "differs from what the node attested" in outcome.failures[NAMES[LIAR]]
+
+
+def flipped(raw: bytes) -> bytes:
+    """Change every byte."""
+    return bytes(byte ^ 0xFF for byte in raw)
+
+
+@only_secure
+def test_false_shares_are_told_and_passed_over(
+    federation: Federation, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Three good shares restore every secret and the right sum; who lied is named."""
+    outcome = run_with(federation, with_field("query.reveal", flipped), "query.reveal")
+    assert outcome.cohorts == [4]
+    assert any(NAMES[LIAR] in name for name in outcome.failures)
+    again = assemble(dataset, federation.contract, tmp_path / "again", 1)
+    honest = run_with(again, lambda content: content)
+    assert not honest.failures
+    assert outcome.parameters.tobytes() == honest.parameters.tobytes()
+
+
+@only_secure
+@pytest.mark.parametrize("kind", ["query.share", "query.confirm"])
+def test_a_lie_that_spoils_the_sum_ends_the_run_with_its_name(
+    federation: Federation, kind: str
+) -> None:
+    """No sum is better than a wrong one: boxes or confirmations that are not authentic."""
+    with pytest.raises(RunError, match="too few merchants answered") as error:
+        run_with(federation, with_field(kind, flipped), kind)
+    assert NAMES[LIAR] in str(error.value)
+
+
 def test_a_refusal_of_many_lines_is_kept_out_of_control(federation: Federation) -> None:
     """What a stranger writes cannot move the terminal's cursor when the run ends in an error."""
     lie = with_vector(full(0, 0), refusal="\x1b[2J\x1b]0;pwned\x07\nhansa: all is well")
-    federation = Federation(
-        federation.data,
-        federation.contract.revised(aggregation={"min_survivors": 3}),
-        federation.members[:3],
-        federation.seed,
-        federation.notes,
-    )
+    federation = replace(federation, members=federation.members[:3])
     with pytest.raises(RunError) as error:
         run_with(federation, lie)
     assert "pwned" in str(error.value)
@@ -237,6 +348,6 @@ def test_replayed_answers_are_those_of_another_stage(federation: Federation) -> 
         return content
 
     run_with(federation, remember, "query.census")
-    assert unpack_sum_answer(kept[0]).vector.shape == (1,)
+    assert unpack(SumAnswer, kept[0]).vector.shape == (1,)
     with pytest.raises(Exception, match="SumRequest"):
-        unpack_sum_request(kept[0])
+        unpack(SumRequest, kept[0])

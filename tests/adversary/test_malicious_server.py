@@ -17,7 +17,7 @@ from common.errors import PolicyError
 from common.fixed_point import STEPS_PER_UNIT, lattice_sensitivity
 from common.ledger import Budget, Ledger
 from common.network import Network, initial_parameters, network_of
-from common.plan import UPDATE, planned_epsilon_towards_server
+from common.plan import UPDATE, lattice_of, plan_of, planned_epsilon_towards_server
 from common.wire import Attest, SumRequest
 from simulations.datasets import load, write_federation
 
@@ -25,12 +25,13 @@ CUSTOMERS = 44
 
 
 def contract_of(**sections: dict[str, Any]) -> Contract:
-    """Return a contract of ten merchants with five features and four segments."""
+    """Return a contract of ten merchants with plain sums, five features and four segments."""
     document: dict[str, Any] = {
         "federation": {"name": "test", "min_merchants": 10},
         "features": [{"name": f"f{i}", "low": -1.0} for i in range(5)],
         "segments": {"names": ["a", "b", "c", "d"]},
         "privacy": {"epsilon": 1.0, "delta": 1e-5},
+        "aggregation": {"secure": False},
     }
     return parse_contract({**document, **sections}, source="test")
 
@@ -41,6 +42,18 @@ def worker_of(contract: Contract, folder: Path, customers: Customers, **budget: 
     return Worker(
         "m", contract, customers, ledger, accept_unmasked_sums=True, noise_for=seeded_noise(1, "m")
     )
+
+
+def request_of(
+    contract: Contract,
+    parameters: np.ndarray,
+    *,
+    run: str = "run",
+    attempt: int = 0,
+    average: float = 1.0,
+) -> SumRequest:
+    """Return a request for the first update."""
+    return SumRequest(run, contract.sha256, UPDATE, 1, attempt, average, 0, 0, b"", b"", parameters)
 
 
 def some_customers(count: int, seed: int = 0) -> Customers:
@@ -69,20 +82,23 @@ def amplifier(network: Network, seed: int) -> np.ndarray:
     return theta
 
 
+@pytest.mark.parametrize("ring_bits", [32, 64])
 @pytest.mark.parametrize("engine", ["fused", "opacus"])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_amplified_rounding_stays_within_the_charge(
-    tmp_path: Path, activation: str, engine: str
+    tmp_path: Path, activation: str, engine: str, ring_bits: int
 ) -> None:
     """Without row-by-row products one customer moved this sum by up to 3.3 sensitivities."""
     model = {"hidden": [32, 32, 32], "activation": activation}
-    contract = contract_of(model=model, training={"engine": engine})
+    aggregation = {"secure": False, "ring_bits": ring_bits}
+    contract = contract_of(model=model, training={"engine": engine}, aggregation=aggregation)
     network, customers = network_of(contract), some_customers(CUSTOMERS)
-    allowed = lattice_sensitivity(1.0, network.size) * STEPS_PER_UNIT
+    release = plan_of(contract).update
+    lattice = lattice_of(release, contract)
+    allowed = lattice_sensitivity(1.0, network.size, release.steps) * release.steps
+    assert (release.steps == STEPS_PER_UNIT) == (ring_bits == 64)
     for seed in range(2):
-        request = SumRequest(
-            f"run{seed}", contract.sha256, UPDATE, 1, 0, 1.0, amplifier(network, seed)
-        )
+        request = request_of(contract, amplifier(network, seed), run=f"run{seed}")
         whole = worker_of(contract, tmp_path / f"{seed}", customers).answer(request)
         assert not whole.refusal
         for missing in range(0, CUSTOMERS, 11):
@@ -91,8 +107,8 @@ def test_amplified_rounding_stays_within_the_charge(
                 customers.inputs[kept], customers.labels[kept], customers.held_out[kept]
             )
             answer = worker_of(contract, tmp_path / f"{seed}-{missing}", neighbour).answer(request)
-            moved = np.linalg.norm((whole.vector - answer.vector).astype(np.float64))
-            assert moved <= allowed
+            moved = lattice.from_ring(whole.vector - answer.vector)
+            assert np.linalg.norm(moved.astype(np.float64)) <= allowed
 
 
 @pytest.mark.parametrize("count", [0, 1, 40])
@@ -102,7 +118,7 @@ def test_diverging_local_steps_answer_all_the_same(tmp_path: Path, count: int) -
     contract = contract_of(training=training)
     worker = worker_of(contract, tmp_path, some_customers(count))
     start = initial_parameters(contract)
-    answer = worker.answer(SumRequest("run", contract.sha256, UPDATE, 1, 0, 0.0, start))
+    answer = worker.answer(request_of(contract, start, average=0.0))
     assert not answer.refusal
     assert answer.vector.shape == start.shape
 
@@ -125,8 +141,7 @@ class TestCapTowardsServer:
         worker = worker_of(contract, tmp_path, some_customers(40), towards_server=1.0)
         start = initial_parameters(contract)
         answers = [
-            worker.answer(SumRequest("run", contract.sha256, UPDATE, 1, attempt, 1.0, start))
-            for attempt in range(62)
+            worker.answer(request_of(contract, start, attempt=attempt)) for attempt in range(62)
         ]
         refused = [answer for answer in answers if answer.refusal]
         assert 0 < len(refused) < 62
@@ -137,7 +152,7 @@ def test_asking_for_ever_does_not_fill_the_ledger(tmp_path: Path) -> None:
     """The same refused release is written down once."""
     contract = contract_of()
     worker = worker_of(contract, tmp_path, some_customers(4), epsilon=0.01)
-    request = SumRequest("run", contract.sha256, UPDATE, 1, 0, 1.0, initial_parameters(contract))
+    request = request_of(contract, initial_parameters(contract))
     assert all("its cap is 0.01" in worker.answer(request).refusal for _ in range(5))
     assert [entry.kind for entry in worker.ledger.entries()] == ["refusal"]
 

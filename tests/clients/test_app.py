@@ -1,6 +1,7 @@
 """Tests of the ClientApp: the right worker, and no word of an error."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,33 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients.app import create_app, merchant_file, worker_of_node
+from clients.secure_party import SecureParty
+from clients.session_store import MemoryStore
 from clients.worker import Customers, Worker
 from common.contract import Contract, contract_toml
 from common.errors import DataError, PolicyError
+from common.identity import Identity, Members
 from common.ledger import Budget, Ledger
 from common.network import initial_parameters
-from common.wire import Attest, SumRequest, pack, unpack_attested, unpack_sum_answer
+from common.plan import lattice_of, plan_of
+from common.session import occasion_hash, session_context
+from common.wire import (
+    Advertise,
+    Advertised,
+    Attest,
+    Attested,
+    Confirm,
+    Confirmed,
+    Reveal,
+    Revealed,
+    Share,
+    Shared,
+    SumAnswer,
+    SumRequest,
+    pack,
+    unpack,
+)
+from server.secure_sum import CoordinatorSession
 from simulations.grid import InProcessGrid
 
 SECRET = "customer-4711"  # noqa: S105
@@ -29,19 +51,26 @@ def exchange(find_worker: Any, kind: str, content: RecordDict) -> Message:
     return reply
 
 
-@pytest.fixture
-def worker(contract: Contract, tmp_path: Path) -> Worker:
-    """Give a worker of five customers."""
+def worker_of(contract: Contract, folder: Path, secure: SecureParty | None = None) -> Worker:
+    """Return a worker of five customers."""
     inputs = np.zeros((5, contract.inputs))
     customers = Customers(inputs, np.zeros(5, dtype=np.int64), np.arange(5) < 2)
-    ledger = Ledger(tmp_path / "ledger.sqlite", Budget(1.0, 1e-5))
-    return Worker("shop", contract, customers, ledger, accept_unmasked_sums=True)
+    ledger = Ledger(folder / "ledger.sqlite", Budget(1.0, 1e-5))
+    name = secure.identity.merchant if secure else "shop"
+    return Worker(name, contract, customers, ledger, accept_unmasked_sums=True, secure=secure)
+
+
+@pytest.fixture
+def worker(contract: Contract, tmp_path: Path) -> Worker:
+    """Give a worker whose contract has plain sums."""
+    return worker_of(contract.revised(aggregation={"secure": False}), tmp_path)
 
 
 def request_of(worker: Worker, stage: str) -> SumRequest:
-    """Return a proper request."""
+    """Return a proper request for a plain sum."""
     contract = worker.contract
-    return SumRequest("r", contract.sha256, stage, 1, 0, 1.0, initial_parameters(contract))
+    parameters = initial_parameters(contract)
+    return SumRequest("r", contract.sha256, stage, 1, 0, 1.0, 0, 0, b"", b"", parameters)
 
 
 class TestMessages:
@@ -51,7 +80,7 @@ class TestMessages:
         """The worker's answer comes back."""
         content = pack(Attest("r", worker.contract.sha256))
         reply = exchange(lambda _: worker, "query.attest", content)
-        assert unpack_attested(reply.content).merchant == "shop"
+        assert unpack(Attested, reply.content).merchant == "shop"
 
     @pytest.mark.parametrize(
         ("kind", "stage"),
@@ -65,15 +94,113 @@ class TestMessages:
     def test_sums(self, worker: Worker, kind: str, stage: str) -> None:
         """Every stage of the coordinator is answered."""
         reply = exchange(lambda _: worker, kind, pack(request_of(worker, stage)))
-        answer = unpack_sum_answer(reply.content)
+        answer = unpack(SumAnswer, reply.content)
         assert answer.refusal == ""
         assert answer.vector.size > 0
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            ("query.advertise", Advertise("r", "c" * 64, 1)),
+            ("query.share", Share(1, [])),
+            ("query.confirm", Confirm(1, 1, b"")),
+            ("query.reveal", Reveal(1, 1, b"", b"")),
+        ],
+    )
+    def test_no_session_with_plain_sums(self, worker: Worker, kind: str, message: Any) -> None:
+        """A contract without secure sums has no sessions."""
+        if isinstance(message, Advertise):
+            message = replace(message, contract=worker.contract.sha256)
+        reply = exchange(lambda _: worker, kind, pack(message))
+        assert reply.has_error()
+        assert "has no secure sums" in reply.error.reason
 
     @pytest.mark.parametrize("kind", ["query.rows", "train", "query"])
     def test_unknown_kind(self, worker: Worker, kind: str) -> None:
         """A message type that the protocol lacks is an error."""
         reply = exchange(lambda _: worker, kind, pack(request_of(worker, "update")))
         assert reply.has_error()
+        assert worker.ledger.entries() == []
+
+
+class TestSecureMessages:
+    """A secure sum of two merchants, message by message."""
+
+    @pytest.mark.parametrize(
+        ("kind", "stage"),
+        [
+            ("query.census", "census"),
+            ("train.update", "update"),
+            ("evaluate.confusion", "evaluation"),
+            ("query.profile", "profile"),
+        ],
+    )
+    def test_one_step(self, contract: Contract, tmp_path: Path, kind: str, stage: str) -> None:
+        """Every message of a session gets its answer, in every stage, and the sum comes out."""
+        names = ["one", "two"]
+        identities = [Identity.generate(name) for name in names]
+        enrolled = Members({identity.merchant: identity.public for identity in identities})
+        workers = [
+            worker_of(
+                contract,
+                tmp_path / identity.merchant,
+                SecureParty(identity, enrolled, 2, MemoryStore()),
+            )
+            for identity in identities
+        ]
+        server = CoordinatorSession(session_context("r", 1, contract.sha256), enrolled, 2)
+
+        def told(number: int, kind: str, message: Any, answer: type[Any]) -> Any:
+            reply = exchange(lambda _: workers[number], kind, pack(message))
+            assert not reply.has_error(), reply.error.reason
+            found = unpack(answer, reply.content)
+            assert found.merchant == names[number]
+            return found
+
+        advertise = Advertise("r", contract.sha256, 1)
+        for k in range(2):
+            advert = told(k, "query.advertise", advertise, Advertised).advert
+            server.take_advert(advert, names[k])
+        share = Share(1, server.close_roster())
+        for k in range(2):
+            server.take_escrow(k, told(k, "query.share", share, Shared).escrow)
+        request = request_of(workers[0], stage)
+        release = plan_of(contract).release_of(stage, 1, 60)
+        assert release is not None
+        server.begin(occasion_hash(stage, 1, 0, 1.0, request.parameters), release.length, np.uint32)
+        sent = []
+        for k in range(2):
+            active, boxes = server.request(k)
+            asked = replace(request, session=1, step=1, active=active, boxes=boxes)
+            answer = told(k, kind, asked, SumAnswer)
+            assert answer.refusal == ""
+            sent.append(answer.vector)
+            server.take_masked(k, answer.vector, answer.escrow)
+        confirm = Confirm(1, 1, server.close_sum())
+        for k in range(2):
+            found = told(k, "query.confirm", confirm, Confirmed)
+            server.take_confirmations(k, found.confirmations)
+        for k in range(2):
+            reveal = Reveal(1, 1, *server.confirmations_for(k))
+            server.take_shares(k, told(k, "query.reveal", reveal, Revealed).shares)
+        total = server.total()
+        assert np.any(total != sent[0] + sent[1])  # masks were on the vectors
+        small = np.abs(lattice_of(release, contract).from_ring(total)) * 2.0**-31
+        assert small.max() < 0.5  # and are off the sum, which keeps away from the ring's end
+        for worker in workers:
+            assert [e.occasion.stage for e in worker.ledger.entries()] == [stage]
+            assert worker.ledger.survivors("r") == {(stage, 1, 0): 2}
+
+    def test_a_step_that_was_not_prepared_is_an_error(
+        self, contract: Contract, tmp_path: Path
+    ) -> None:
+        """What is wrong with a step is told as an error, not as a refusal; nothing is charged."""
+        identity = Identity.generate("one")
+        party = SecureParty(identity, Members({"one": identity.public}), 2, MemoryStore())
+        worker = worker_of(contract, tmp_path, party)
+        reply = exchange(lambda _: worker, "train.update", pack(request_of(worker, "update")))
+        assert reply.has_error()
+        assert "no session under way" in reply.error.reason
         assert worker.ledger.entries() == []
 
 
@@ -91,7 +218,7 @@ class TestNothingTold:
         ],
         ids=lambda error: type(error).__name__,
     )
-    @pytest.mark.parametrize("kind", ["query.attest", "train.update"])
+    @pytest.mark.parametrize("kind", ["query.attest", "train.update", "query.advertise"])
     def test_unexpected(
         self, error: Exception, kind: str, caplog: pytest.LogCaptureFixture, worker: Worker
     ) -> None:
@@ -100,7 +227,12 @@ class TestNothingTold:
         def fail(_: Context) -> Worker:
             raise error
 
-        content = pack(Attest("r", "c") if kind == "query.attest" else request_of(worker, "update"))
+        messages = {
+            "query.attest": Attest("r", "c"),
+            "train.update": request_of(worker, "update"),
+            "query.advertise": Advertise("r", "c", 1),
+        }
+        content = pack(messages[kind])
         with caplog.at_level(logging.ERROR, logger="hansa.merchant"):
             reply = exchange(fail, kind, content)
         assert reply.has_error()
@@ -158,7 +290,8 @@ class TestMerchantFile:
         """A merchant whose noise can be guessed opens for nobody but a simulation."""
         folder = tmp_path / "merchants" / "shop"
         folder.mkdir(parents=True)
-        (tmp_path / "contract.toml").write_text(contract_toml(contract))
+        plain = contract.revised(aggregation={"secure": False})
+        (tmp_path / "contract.toml").write_text(contract_toml(plain))
         (folder / "table.csv").write_text(
             "customer_id,spend,age,visits,member,plan,segment\n1,10,30,2,1,basic,low\n"
         )

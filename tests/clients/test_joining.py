@@ -5,24 +5,29 @@ from pathlib import Path
 import pytest
 
 from clients.joining import open_worker
+from clients.session_store import FileStore, MemoryStore
 from clients.worker import os_noise
 from common.contract import Contract, contract_toml
-from common.errors import ContractError, DataError, PolicyError
+from common.errors import ContractError, DataError, IdentityError, PolicyError
+from common.identity import Identity, Members, write_identity, write_members
 
 ROWS = "customer_id,spend,age,visits,member,plan,segment\n1,10,30,2,1,basic,low\n2,9,,1,0,,high\n"
 
 
 @pytest.fixture
 def merchant(contract: Contract, tmp_path: Path) -> Path:
-    """Give the `merchant.toml` of a merchant in a federation's folder."""
+    """Give the `merchant.toml` of a merchant in a federation's folder, ready for secure sums."""
     folder = tmp_path / "merchants" / "shop"
     folder.mkdir(parents=True)
     (tmp_path / "contract.toml").write_text(contract_toml(contract))
     (folder / "table.csv").write_text(ROWS)
     (folder / "merchant.toml").write_text(
         '[merchant]\nid = "shop"\n[data]\nkind = "customers"\npath = "table.csv"\n'
-        "[policy]\nepsilon = 2.0\ndelta = 1e-6\naccept_unmasked_sums = true\n"
+        "[policy]\nepsilon = 2.0\ndelta = 1e-6\n"
     )
+    identity = Identity.generate("shop")
+    write_identity(identity, folder / "identity.key")
+    write_members(Members({"shop": identity.public}), tmp_path / "members.toml")
     return folder / "merchant.toml"
 
 
@@ -48,7 +53,9 @@ def test_seed(merchant: Path) -> None:
     merchant.write_text(merchant.read_text() + "[simulation]\nseed = 3\n")
     opened = open_worker(merchant)
     assert opened.seed == 3
-    one, other = (opened.worker._noise_for("update", 1, 0).normal(3) for _ in range(2))
+    one, other = (
+        opened.worker._noise_for("update", 1, 0).discrete_gaussian(3, 1e9) for _ in range(2)
+    )
     assert one.tolist() == other.tolist()
 
 
@@ -74,6 +81,70 @@ def test_own_contract_wins(merchant: Path, contract: Contract) -> None:
     own = contract.revised(training={"rounds": 7})
     (merchant.parent / "contract.toml").write_text(contract_toml(own))
     assert open_worker(merchant).worker.contract.sha256 == own.sha256
+
+
+def test_plain_sums_need_no_key(merchant: Path, contract: Contract) -> None:
+    """A contract without secure sums opens without key and members."""
+    plain = contract.revised(aggregation={"secure": False})
+    (merchant.parents[2] / "contract.toml").write_text(contract_toml(plain))
+    (merchant.parent / "identity.key").unlink()
+    (merchant.parents[2] / "members.toml").unlink()
+    assert open_worker(merchant).worker._secure is None
+
+
+@pytest.mark.parametrize("missing", ["merchants/shop/identity.key", "members.toml"])
+def test_secure_sums_need_key_and_members(merchant: Path, missing: str) -> None:
+    """The file that is missing is named, and no ledger is begun."""
+    path = merchant.parents[2] / missing
+    path.unlink()
+    with pytest.raises(IdentityError, match=path.name):
+        open_worker(merchant)
+    assert not (merchant.parent / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize("enrolled", ["shop", "another"])
+def test_a_key_that_is_not_the_enrolled_one(merchant: Path, enrolled: str) -> None:
+    """Neither another key under the merchant's id nor another id will do."""
+    members = Members({enrolled: Identity.generate(enrolled).public})
+    write_members(members, merchant.parents[2] / "members.toml")
+    with pytest.raises(IdentityError, match="'shop' is not enrolled with the key in"):
+        open_worker(merchant)
+
+
+def test_own_members_win(merchant: Path) -> None:
+    """The list in the merchant's own folder is the pinned one."""
+    pinned = merchant.parent / "members.toml"
+    (merchant.parents[2] / "members.toml").rename(pinned)
+    stranger = Members({"stranger": Identity.generate("stranger").public})
+    write_members(stranger, merchant.parents[2] / "members.toml")
+    party = open_worker(merchant).worker._secure
+    assert party is not None
+    assert list(party.members.keys) == ["shop"]
+
+
+@pytest.mark.parametrize(
+    ("survivors", "own", "expected"), [(2, 2, 2), (2, 3, 3), (2, 7, 7), (4, 2, 4)]
+)
+def test_smallest_sum_is_the_stricter_of_two(
+    merchant: Path, contract: Contract, survivors: int, own: int, expected: int
+) -> None:
+    """Contract and policy may both ask for more, and neither for fewer."""
+    revised = contract.revised(
+        federation={"min_merchants": 9}, aggregation={"min_survivors": survivors}
+    )
+    (merchant.parents[2] / "contract.toml").write_text(contract_toml(revised))
+    merchant.write_text(merchant.read_text() + f"min_cohort = {own}\n")
+    party = open_worker(merchant).worker._secure
+    assert party is not None
+    assert party.minimum == expected
+
+
+@pytest.mark.parametrize(("in_memory", "kind"), [(True, MemoryStore), (False, FileStore)])
+def test_where_the_session_is_kept(merchant: Path, in_memory: bool, kind: type) -> None:
+    """In a sealed file, or for simulations in this process."""
+    party = open_worker(merchant, in_memory=in_memory).worker._secure
+    assert party is not None
+    assert type(party.store) is kind
 
 
 def test_no_contract(merchant: Path) -> None:

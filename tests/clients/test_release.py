@@ -1,6 +1,7 @@
 """Tests of the place where noise is added."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 
 from clients.release import noisy_sum
 from common.errors import AccountingError
-from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, to_lattice
+from common.fixed_point import (
+    SMOOTHING_STEPS,
+    from_lattice,
+    lattice_sensitivity,
+    lattice_step,
+    to_lattice,
+)
 from common.noise import NoiseSource
 
 
@@ -32,8 +39,20 @@ class TestNoisySum:
     def test_noise_covers_the_rounding(self) -> None:
         """A share is sigma times the sensitivity of the rounded sum, over sqrt(m), in steps."""
         stddev = 4.0 * lattice_sensitivity(2.5, 400) / 2.0 / lattice_step(2.5)
-        expected = np.rint(NoiseSource.seeded(0).normal(400) * stddev)
+        share = math.sqrt(stddev**2 + SMOOTHING_STEPS**2)
+        expected = NoiseSource.seeded(0).discrete_gaussian(400, share)
         assert part(np.zeros(400), sensitivity=2.5).tolist() == expected.tolist()
+
+    def test_coarse_lattice(self) -> None:
+        """With few steps a sensitivity the noise is as many sensitivities, in those steps."""
+        steps = 2**8
+        stddev = 4.0 * lattice_sensitivity(2.5, 400, steps) / 2.0 / lattice_step(2.5, steps)
+        share = math.sqrt(stddev**2 + SMOOTHING_STEPS**2)
+        expected = NoiseSource.seeded(0).discrete_gaussian(400, share)
+        assert part(np.zeros(400), sensitivity=2.5, steps=steps).tolist() == expected.tolist()
+        exact = np.array([3.0, -2.0])
+        shift = part(exact, steps=steps) - part(np.zeros(2), steps=steps)
+        assert shift.tolist() == [3 * steps, -2 * steps]
 
     def test_integers(self) -> None:
         """What leaves is a vector of 64-bit integers, as long as the sum."""
@@ -57,7 +76,7 @@ class TestNoisySum:
         shift = part(exact, sensitivity=2.5) - part(np.zeros(2), sensitivity=2.5)
         np.testing.assert_allclose(from_lattice(shift, lattice_step(2.5)), exact, atol=2.5 / 2**20)
 
-    @pytest.mark.parametrize("value", [1e-4, 0.0, -1.0, np.nan])
+    @pytest.mark.parametrize("value", [1e-5, 0.0, -1.0, np.nan])
     def test_too_fine(self, value: float) -> None:
         """Noise too fine for the lattice argument is refused."""
         with pytest.raises(AccountingError, match="too fine"):
@@ -67,7 +86,7 @@ class TestNoisySum:
         """A share of a fine noise is finer still."""
         part(np.zeros(3), noise_multiplier=0.01, contributors=1)
         with pytest.raises(AccountingError, match="too fine"):
-            part(np.zeros(3), noise_multiplier=0.01, contributors=10_000)
+            part(np.zeros(3), noise_multiplier=0.01, contributors=1_000_000)
 
     @pytest.mark.parametrize("value", [1e10, 1e300, np.inf])
     def test_too_coarse(self, value: float) -> None:

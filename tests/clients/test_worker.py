@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 
 import clients.worker
+from clients.secure_party import SecureParty
+from clients.session_store import MemoryStore
 from clients.worker import Customers, Worker, confusion_counts, profile_sums, seeded_noise
 from common.accounting import epsilon
 from common.contract import Contract, parse_contract
-from common.errors import DataError, LedgerError
-from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step
+from common.errors import DataError, LedgerError, PolicyError, SecureSumError, WireError
+from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, local_lattice
+from common.identity import Identity, Members
 from common.ledger import Budget, Ledger
 from common.network import initial_parameters, network_of
 from common.noise import NoiseSource
-from common.plan import CENSUS, EVALUATION, LOCAL_STEP, PROFILE, UPDATE, plan_of
-from common.wire import Attest, SumAnswer, SumRequest
+from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, lattice_of, plan_of
+from common.session import occasion_hash, session_context
+from common.wire import Advertise, Attest, Confirm, Reveal, Share, SumAnswer, SumRequest
+from server.secure_sum import CoordinatorSession
 
 STAGES = {CENSUS: 0, UPDATE: 1, EVALUATION: 10, PROFILE: 20}
 BASE: dict[str, Any] = {
@@ -29,12 +34,27 @@ BASE: dict[str, Any] = {
     "model": {"hidden": [4]},
     "training": {"rounds": 20},
     "privacy": {"epsilon": 5.0, "delta": 1e-5, "clip_norm": 1.5},
+    "aggregation": {"secure": False},
 }
+SECURE: dict[str, Any] = {"secure": True, "min_survivors": 2}
 
 
 def contract_of(**sections: Any) -> Contract:
-    """Build a small contract; keywords replace sections."""
+    """Build a small contract with plain sums; keywords replace sections."""
     return parse_contract({**BASE, **sections}, source="test")
+
+
+def release_of(contract: Contract, stage: str) -> Release:
+    """Return what a stage releases."""
+    release = plan_of(contract).release_of(stage, STAGES[stage], 20)
+    assert release is not None
+    return release
+
+
+def multiples(worker: Worker, answer: SumAnswer, stage: str = UPDATE) -> np.ndarray:
+    """Return an answer's multiples of the lattice step, with their signs."""
+    contract = worker.contract
+    return lattice_of(release_of(contract, stage), contract).from_ring(answer.vector)
 
 
 def some_customers(count: int = 40, seed: int = 0) -> Customers:
@@ -66,6 +86,7 @@ def make_worker(tmp_path: Path) -> MakeWorker:
         cap: float = 50.0,
         accept: bool = True,
         noise_for: Any = seeded_noise(1, "shop"),  # noqa: B008
+        secure: SecureParty | None = None,
     ) -> Worker:
         nonlocal made
         made += 1
@@ -73,7 +94,13 @@ def make_worker(tmp_path: Path) -> MakeWorker:
         contract = contract or contract_of()
         customers = some_customers() if customers is None else customers
         return Worker(
-            "shop", contract, customers, ledger, accept_unmasked_sums=accept, noise_for=noise_for
+            secure.identity.merchant if secure else "shop",
+            contract,
+            customers,
+            ledger,
+            accept_unmasked_sums=accept,
+            secure=secure,
+            noise_for=noise_for,
         )
 
     return make
@@ -82,9 +109,8 @@ def make_worker(tmp_path: Path) -> MakeWorker:
 def ask(worker: Worker, stage: str = UPDATE, **changes: Any) -> SumRequest:
     """Return a proper request; keywords change fields."""
     contract = worker.contract
-    request = SumRequest(
-        "run", contract.sha256, stage, STAGES.get(stage, 1), 0, 7.0, initial_parameters(contract)
-    )
+    number, parameters = STAGES.get(stage, 1), initial_parameters(contract)
+    request = SumRequest("run", contract.sha256, stage, number, 0, 7.0, 0, 0, b"", b"", parameters)
     return replace(request, **changes)
 
 
@@ -93,7 +119,7 @@ def refused(worker: Worker, request: SumRequest) -> str:
     answer = worker.answer(request)
     assert answer.refusal
     assert answer.vector.size == 0
-    assert answer.merchant == "shop"
+    assert answer.merchant == worker.merchant
     return answer.refusal
 
 
@@ -281,16 +307,16 @@ class TestNeighbours:
         """Whoever is missing and whatever the parameters, answers differ by the sensitivity."""
         contract = contract_of(training={"rounds": 20, "engine": engine})
         customers, theta = some_customers(), np.random.default_rng(3).normal(size=26) * scale
-        release = plan_of(contract).release_of(stage, STAGES[stage], 20)
-        assert release is not None
-        unit = release.event.sensitivity
+        release = release_of(contract, stage)
+        unit, steps = release.event.sensitivity, release.steps
         worker = make_worker(contract, customers)
-        whole = worker.answer(ask(worker, stage, parameters=theta)).vector
+        whole = multiples(worker, worker.answer(ask(worker, stage, parameters=theta)), stage)
         for gone in (0, 1, 4, 7, 39):
             other = make_worker(contract, without(customers, gone))
-            moved = other.answer(ask(other, stage, parameters=theta)).vector - whole
-            distance = np.linalg.norm(from_lattice(moved, lattice_step(unit)))
-            assert distance <= lattice_sensitivity(unit, len(whole))
+            answer = other.answer(ask(other, stage, parameters=theta))
+            moved = multiples(other, answer, stage) - whole
+            distance = np.linalg.norm(from_lattice(moved, lattice_step(unit, steps)))
+            assert distance <= lattice_sensitivity(unit, len(whole), steps)
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_no_customers(self, make_worker: MakeWorker, stage: str) -> None:
@@ -304,7 +330,7 @@ class TestNeighbours:
         """Two attempts of one round never share their noise."""
         worker = make_worker(noise_for=clients.worker.os_noise)
         one, other = (worker.answer(ask(worker, attempt=k)).vector for k in range(2))
-        assert not np.any(one == other)
+        assert np.sum(one == other) < 3  # chance below 1e-8
 
 
 class TestSplit:
@@ -371,33 +397,38 @@ class TestLocalMode:
         """The update is what anybody could compute from the noisy sums."""
         training = {**self.LOCAL, "local_steps": steps, "proximal": proximal}
         worker = make_worker(contract_of(training=training))
-        update = from_lattice(worker.answer(ask(worker)).vector, LOCAL_STEP)
+        lattice, _ = local_lattice(32, 200)
+        update = from_lattice(multiples(worker, worker.answer(ask(worker))), lattice.step)
         expected = self.expected(worker, 7.0, steps, proximal)
-        np.testing.assert_allclose(update, expected, atol=LOCAL_STEP, rtol=1e-9)
+        np.testing.assert_allclose(update, expected, atol=lattice.step, rtol=1e-9)
 
     def test_divides_by_the_noisy_average(self, make_worker: MakeWorker) -> None:
         """The step is divided by the request's noisy number, not by the exact one."""
         training = self.LOCAL
         one, other = (make_worker(contract_of(training=training)) for _ in range(2))
-        small = one.answer(ask(one, customers_per_merchant=10.0)).vector
-        large = other.answer(ask(other, customers_per_merchant=20.0)).vector
+        small = multiples(one, one.answer(ask(one, customers_per_merchant=10.0)))
+        large = multiples(other, other.answer(ask(other, customers_per_merchant=20.0)))
         np.testing.assert_allclose(small, 2 * large, atol=2)
 
     @pytest.mark.parametrize("average", [0.0, 1e-300, 1.0])
     def test_never_divides_by_nothing(self, make_worker: MakeWorker, average: float) -> None:
         """An average below one counts as one."""
         worker = make_worker(contract_of(training=self.LOCAL))
-        update = worker.answer(ask(worker, customers_per_merchant=average)).vector
+        update = multiples(worker, worker.answer(ask(worker, customers_per_merchant=average)))
         expected = self.expected(worker, 1.0, 1, 0.0)
-        np.testing.assert_allclose(from_lattice(update, LOCAL_STEP), expected, atol=LOCAL_STEP)
+        lattice, bound = local_lattice(32, 200)
+        assert np.all(np.abs(expected) < bound)
+        np.testing.assert_allclose(from_lattice(update, lattice.step), expected, atol=lattice.step)
 
     @pytest.mark.parametrize("average", [0.0, 1e308])
     def test_any_average_gives_an_answer(self, make_worker: MakeWorker, average: float) -> None:
-        """However absurd the average, an update within the lattice comes back."""
+        """However absurd the average, an update within the public bound comes back."""
         training = {**self.LOCAL, "local_learning_rate": 1e5, "local_steps": 5}
         worker = make_worker(contract_of(training=training))
-        update = worker.answer(ask(worker, customers_per_merchant=average)).vector
-        assert np.all(np.abs(update) <= 2**50)
+        update = multiples(worker, worker.answer(ask(worker, customers_per_merchant=average)))
+        lattice, bound = local_lattice(32, 200)
+        assert np.all(np.abs(update) <= bound / lattice.step)
+        assert np.any(np.abs(update) == bound / lattice.step) == (average == 0.0)
 
     @pytest.mark.slow
     def test_sampled(self, make_worker: MakeWorker) -> None:
@@ -425,6 +456,192 @@ def test_more_customers_than_the_proof_covers(
     monkeypatch.setattr(clients.worker, "MAX_SUMMANDS", 39)
     with pytest.raises(DataError, match="40 customers are more than the 39"):
         make_worker()
+
+
+def test_more_customers_than_the_contract_has_room_for(make_worker: MakeWorker) -> None:
+    """A merchant that alone could overflow the ring is refused before any run."""
+    make_worker(contract_of(aggregation={"secure": False, "max_customers": 40}))
+    with pytest.raises(DataError, match="max_customers = 39"):
+        make_worker(contract_of(aggregation={"secure": False, "max_customers": 39}))
+
+
+Shops = tuple[list[Worker], CoordinatorSession]
+
+
+@pytest.fixture
+def shops(make_worker: MakeWorker) -> Callable[..., Shops]:
+    """Give a function that makes two workers and a session of theirs that is set up."""
+
+    def make(contract: Contract | None = None, *, cap: float = 50.0) -> Shops:
+        contract = contract or contract_of(aggregation=SECURE)
+        identities = [Identity.generate(name) for name in ("one", "two")]
+        enrolled = Members({identity.merchant: identity.public for identity in identities})
+        workers = [
+            make_worker(
+                contract,
+                cap=cap,
+                accept=False,
+                secure=SecureParty(identity, enrolled, 2, MemoryStore()),
+            )
+            for identity in identities
+        ]
+        return workers, set_up(workers, enrolled, 1)
+
+    return make
+
+
+def set_up(workers: list[Worker], enrolled: Members, number: int) -> CoordinatorSession:
+    """Set up a session of some workers."""
+    sha256 = workers[0].contract.sha256
+    server = CoordinatorSession(session_context("run", number, sha256), enrolled, 2)
+    for worker in workers:
+        answer = worker.advertise(Advertise("run", sha256, number))
+        server.take_advert(answer.advert, answer.merchant)
+    roster = server.close_roster()
+    for position, worker in enumerate(workers):
+        server.take_escrow(position, worker.share(Share(number, roster)).escrow)
+    return server
+
+
+def begin(
+    workers: list[Worker], server: CoordinatorSession, stage: str = UPDATE, **changes: Any
+) -> list[SumRequest]:
+    """Begin a step; return what each worker is asked. Keywords change what all are asked."""
+    request = ask(workers[0], stage, session=1, **changes)
+    occasion = occasion_hash(
+        stage,
+        request.round,
+        request.attempt,
+        request.customers_per_merchant,
+        request.parameters,
+    )
+    step = server.begin(occasion, release_of(workers[0].contract, stage).length, np.uint32)
+    requests = []
+    for position in range(len(workers)):
+        active, boxes = server.request(position)
+        requests.append(replace(request, step=step, active=active, boxes=boxes))
+    return requests
+
+
+class TestSecureSums:
+    """The worker where the contract's sums are secure."""
+
+    def test_needs_an_identity(self, make_worker: MakeWorker) -> None:
+        """No worker can send unmasked what was to be masked."""
+        with pytest.raises(PolicyError, match="needs its identity"):
+            make_worker(contract_of(aggregation=SECURE))
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_masked_sum(
+        self, shops: Callable[..., Shops], make_worker: MakeWorker, stage: str
+    ) -> None:
+        """Unmasked, the sum is that of two plain answers with the same noise, bit for bit."""
+        workers, server = shops()
+        theta = np.linspace(-1, 1, 26)
+        requests = begin(workers, server, stage, parameters=theta)
+        for position, (worker, request) in enumerate(zip(workers, requests, strict=True)):
+            answer = worker.answer(request)
+            assert answer.refusal == ""
+            server.take_masked(position, answer.vector, answer.escrow)
+        survivors = server.close_sum()
+        for position, worker in enumerate(workers):
+            found = worker.confirm(Confirm(1, 1, survivors)).confirmations
+            server.take_confirmations(position, found)
+        for position, worker in enumerate(workers):
+            shares = worker.reveal(Reveal(1, 1, *server.confirmations_for(position))).shares
+            server.take_shares(position, shares)
+        plain = make_worker(contract_of(aggregation={**SECURE, "secure": False}))
+        single = plain.answer(ask(plain, stage, parameters=theta)).vector
+        assert np.array_equal(server.total(), single + single)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"session": 0},
+            {"session": 2},
+            {"step": 0},
+            {"step": 2},
+            {"run": "another"},
+            {"active": b""},
+            {"active": b"\x01"},
+            {"active": b"\x02"},
+            {"active": b"\x07"},
+            {"active": b"\x03\x00"},
+            {"boxes": b""},
+            {"boxes": bytes(80)},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_bad_session_part_charges_nothing(
+        self, shops: Callable[..., Shops], stage: str, changes: dict[str, Any]
+    ) -> None:
+        """It is an error and no refusal, and the right request is answered afterwards."""
+        workers, server = shops()
+        request, _ = begin(workers, server, stage)
+        with pytest.raises(SecureSumError):
+            workers[0].answer(replace(request, **changes))
+        assert workers[0].ledger.entries() == []
+        assert workers[0].answer(request).refusal == ""
+        assert len(workers[0].ledger.entries()) == 1
+
+    @pytest.mark.parametrize(
+        "changes", [{"contract": "0" * 64}, {"round": 21}, {"parameters": np.full(26, np.nan)}]
+    )
+    def test_wrong_field(self, shops: Callable[..., Shops], changes: dict[str, Any]) -> None:
+        """What has nothing to do with the session is refused as in a plain sum."""
+        workers, server = shops()
+        request, _ = begin(workers, server)
+        assert "field '" in refused(workers[0], replace(request, **changes))
+        assert workers[0].ledger.entries() == []
+
+    def test_replay(self, shops: Callable[..., Shops]) -> None:
+        """A step is taken once, and one occasion is paid once, in whatever session."""
+        workers, server = shops()
+        request, _ = begin(workers, server)
+        assert workers[0].answer(request).refusal == ""
+        with pytest.raises(SecureSumError, match="an old step is never taken up again"):
+            workers[0].answer(request)
+        party = workers[0]._secure
+        assert party is not None
+        again = set_up(workers, party.members, 2)
+        request, _ = (replace(r, session=2) for r in begin(workers, again))
+        assert "released before" in refused(workers[0], request)
+        assert len(workers[0].ledger.entries()) == 1
+
+    def test_endless_attempts(self, shops: Callable[..., Shops]) -> None:
+        """Steps that are never unmasked are paid all the same, up to the cap."""
+        workers, server = shops(cap=3.0)
+        for attempt in range(100):
+            requests = begin(workers, server, attempt=attempt)
+            answers = [w.answer(request) for w, request in zip(workers, requests, strict=True)]
+            if answers[0].refusal:
+                break
+            for position, answer in enumerate(answers):
+                server.take_masked(position, answer.vector, answer.escrow)
+        assert "its cap is 3" in answers[0].refusal
+        charged = [e.event for e in workers[0].ledger.entries() if e.kind == "charge"]
+        assert len(charged) == attempt > 0
+        assert epsilon(charged, 1e-5) <= 3.0 + 1e-8
+
+    def test_towards_server(self, shops: Callable[..., Shops]) -> None:
+        """Who sees sums only, and that is the coordinator too, sees the whole noise."""
+        workers, server = shops()
+        workers[0].answer(begin(workers, server)[0])
+        (entry,) = workers[0].ledger.entries()
+        assert entry.towards_server == entry.event
+
+    def test_plain_contract_has_no_sessions(self, make_worker: MakeWorker) -> None:
+        """A server cannot begin one."""
+        worker = make_worker()
+        with pytest.raises(WireError, match="has no secure sums"):
+            worker.advertise(Advertise("run", worker.contract.sha256, 1))
+
+    def test_another_contract_has_no_sessions(self, shops: Callable[..., Shops]) -> None:
+        """An advert is for the pinned contract only."""
+        workers, _ = shops()
+        with pytest.raises(WireError, match="field 'contract'"):
+            workers[0].advertise(Advertise("run", "0" * 64, 2))
 
 
 class TestCounts:

@@ -116,7 +116,12 @@ class TestRules:
             ("privacy.clip_norm", float("inf"), "privacy.clip_norm", "finite"),
             ("privacy.split.training", 0.5, "privacy.split", "must add up to 1, got 0.62"),
             ("privacy.split.census", 0.0, "privacy.split.census", "greater than 0"),
-            ("aggregation.secure", True, "aggregation.secure", "not in this version"),
+            ("aggregation.secure", "yes", "aggregation.secure", "valid boolean"),
+            ("aggregation.ring_bits", 16, "aggregation.ring_bits", "32 or 64"),
+            ("aggregation.max_customers", 0, "aggregation.max_customers", "greater than"),
+            ("aggregation.max_customers", 10**13, "aggregation.max_customers", "less than"),
+            ("aggregation.min_survivors", 1, "(whole file)", "must lie between 2 and 200"),
+            ("federation.min_merchants", 1, "(whole file)", "hides nothing of a single merchant"),
             ("aggregation.min_survivors", 11, "(whole file)", "larger than"),
             ("aggregation.colluders", 9, "(whole file)", "smaller than min_survivors"),
             ("publication.evaluate_every", 0, "publication.evaluate_every", "greater than or"),
@@ -167,9 +172,48 @@ class TestDerived:
 
     @pytest.mark.parametrize(("merchants", "expected"), [(1, 1), (2, 1), (10, 9), (19, 17)])
     def test_default_survivors(self, merchants: int, expected: int) -> None:
-        """Nine tenths, rounded down, at least one."""
+        """Nine tenths, rounded down, at least one where sums are plain."""
+        federation = {"name": "t", "min_merchants": merchants}
+        found = contract_of(federation=federation, aggregation={"secure": False})
+        assert found.min_survivors == expected
+
+    @pytest.mark.parametrize(
+        ("merchants", "expected"),
+        [(2, 2), (3, 2), (10, 9), (19, 17), (200, 180), (201, 90), (250, 112), (1000, 180)],
+    )
+    def test_default_survivors_of_secure_sums(self, merchants: int, expected: int) -> None:
+        """Nine tenths of a group of at most 200, rounded down, at least two."""
         federation = {"name": "t", "min_merchants": merchants}
         assert contract_of(federation=federation).min_survivors == expected
+
+    @pytest.mark.parametrize(("survivors", "fits"), [(200, True), (201, False)])
+    def test_survivors_of_secure_sums_fit_into_a_group(self, survivors: int, fits: bool) -> None:
+        """More merchants than one secure sum holds cannot be asked for; in plain sums they can."""
+        sections = {
+            "federation": {"name": "t", "min_merchants": 300},
+            "aggregation": {"min_survivors": survivors},
+        }
+        if fits:
+            assert contract_of(**sections).min_survivors == survivors
+        else:
+            with pytest.raises(ContractError, match="must lie between 2 and 200"):
+                contract_of(**sections)
+        sections["aggregation"]["secure"] = False
+        assert contract_of(**sections).min_survivors == survivors
+
+    @pytest.mark.parametrize(("merchants", "expected"), [(2, 200), (50, 200), (51, 204), (1, 200)])
+    def test_room_for_merchants(self, merchants: int, expected: int) -> None:
+        """The ring has room for four times the merchants, and for 200 at least."""
+        federation = {"name": "t", "min_merchants": merchants}
+        found = contract_of(federation=federation, aggregation={"secure": False})
+        assert found.max_merchants == expected
+
+    def test_exposed_contributors(self) -> None:
+        """A coordinator that sees single messages sees one share; of secure sums the whole."""
+        aggregation = {"min_survivors": 8, "colluders": 3}
+        assert contract_of(aggregation=aggregation).exposed_contributors == 1
+        plain = contract_of(aggregation={**aggregation, "secure": False})
+        assert plain.exposed_contributors == plain.noise_contributors == 5
 
     def test_noise_contributors(self) -> None:
         """Shares counted on are survivors less colluders; one in mode 'local'."""
@@ -213,6 +257,9 @@ class TestHash:
             ("training.split_seed", 1),
             ("privacy.delta", 1.0000000001e-5),
             ("aggregation.min_survivors", 9),
+            ("aggregation.secure", False),
+            ("aggregation.ring_bits", 64),
+            ("aggregation.max_customers", 999_999),
             ("publication.profiles", False),
         ],
     )

@@ -1,5 +1,6 @@
 """Tests of the ledger: real SQLite files, second processes, crashes, tampering."""
 
+import contextlib
 import json
 import os
 import signal
@@ -296,6 +297,74 @@ class TestAffordable:
         ledger.charge(occasion(), GaussianSum(4.5, 1.0), EVENT)
         with pytest.raises(BudgetRefusal):
             ledger.check_affordable(plan)
+
+
+class TestNotedSums:
+    """Ledger.note_sum and survivors."""
+
+    def test_is_kept(self, ledger: Ledger, path: Path) -> None:
+        """How many merchants were in a sum is there after reopening, run by run."""
+        ledger.charge(occasion(), EVENT, EVENT)
+        ledger.note_sum("run", "update", 1, 0, 5)
+        ledger.note_sum("run", "update", 1, 1, 7)
+        ledger.note_sum("another", "update", 1, 0, 9)
+        ledger.close()
+        again = Ledger(path, BUDGET)
+        assert again.survivors("run") == {("update", 1, 0): 5, ("update", 1, 1): 7}
+        assert again.survivors("another") == {("update", 1, 0): 9}
+        assert again.survivors("neither") == {}
+
+    def test_first_note_stands(self, ledger: Ledger) -> None:
+        """A sum is unmasked once; nothing said later changes who was in it."""
+        ledger.note_sum("run", "update", 1, 0, 5)
+        ledger.note_sum("run", "update", 1, 0, 50)
+        assert ledger.survivors("run") == {("update", 1, 0): 5}
+
+    def test_costs_nothing(self, ledger: Ledger) -> None:
+        """A note is no charge and no refusal, and it frees nothing that was charged."""
+        ledger.charge(occasion(), EVENT, EVENT)
+        before = ledger.entries()
+        ledger.note_sum("run", "update", 1, 0, 5)
+        assert ledger.entries() == before
+        with pytest.raises(ReplayRefusal):
+            ledger.charge(occasion(), EVENT, EVENT)
+
+    def test_charges_after_it_are_safe(self, ledger: Ledger) -> None:
+        """A note need not reach the disk at once; the next charge does again."""
+        ledger.note_sum("run", "update", 1, 0, 5)
+        with ledger._transaction() as connection:
+            assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+    def test_ledger_of_an_earlier_version(self, ledger: Ledger, path: Path) -> None:
+        """A file without the table gets it, and keeps its charges."""
+        ledger.charge(occasion(), EVENT, EVENT)
+        ledger.close()
+        connection = sqlite3.connect(path)
+        connection.execute("DROP TABLE secure_sum")
+        connection.close()
+        again = Ledger(path, BUDGET)
+        again.note_sum("run", "update", 1, 0, 5)
+        assert again.survivors("run") == {("update", 1, 0): 5}
+        assert [e.event for e in again.entries()] == [EVENT]
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE secure_sum SET survivors = 9",
+            "DELETE FROM secure_sum",
+            "REPLACE INTO secure_sum VALUES ('run', 'update', 1, 0, 9)",
+        ],
+    )
+    def test_notes_stay(self, ledger: Ledger, path: Path, statement: str) -> None:
+        """Notes are neither changed, nor deleted, nor replaced, from any connection."""
+        ledger.note_sum("run", "update", 1, 0, 5)
+        ledger.close()
+        connection = sqlite3.connect(path)
+        with contextlib.suppress(sqlite3.IntegrityError):
+            connection.execute(statement)
+        connection.commit()
+        connection.close()
+        assert ledger.survivors("run") == {("update", 1, 0): 5}
 
 
 class TestTampering:

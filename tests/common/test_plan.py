@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from common.accounting import epsilon, gaussian_epsilon, mu_for
 from common.contract import Contract, parse_contract
+from common.errors import AccountingError
 from common.events import GaussianSum, PoissonGaussianSum
+from common.fixed_point import local_lattice
 from common.network import network_of
 from common.plan import (
     CENSUS,
@@ -18,6 +20,7 @@ from common.plan import (
     PROFILE,
     UPDATE,
     evaluation_rounds,
+    lattice_of,
     plan_of,
     planned_epsilon,
     planned_epsilon_towards_server,
@@ -193,12 +196,75 @@ class TestTowardsServer:
 
 def test_single_messages_cost_more() -> None:
     """Towards the server the whole plan costs what m-fold mu^2 costs; alone it costs the same."""
-    contract = contract_of()
+    contract = contract_of(aggregation={"secure": False})
     shared = plan_of(contract).events_towards_server(9)
     mu = math.sqrt(9) * mu_for(1.0, 1e-5)
     assert epsilon(shared, 1e-5) == pytest.approx(gaussian_epsilon(mu, 1e-5), rel=1e-9)
     assert planned_epsilon_towards_server(contract) == epsilon(shared, 1e-5)
     assert plan_of(contract).events_towards_server(1) == plan_of(contract).events()
+
+
+def test_secure_sums_cost_no_more_towards_the_server() -> None:
+    """Whoever runs the coordinator sees what everybody may see."""
+    contract = contract_of()
+    assert planned_epsilon_towards_server(contract) == planned_epsilon(contract)
+
+
+class TestLattices:
+    """The lattice of every release, and its room in the ring."""
+
+    @settings(deadline=None)
+    @given(contracts(), st.sampled_from([32, 64]), st.sampled_from([1, 1000, 10**6, 10**7, 10**12]))
+    def test_every_sum_fits_into_the_ring(
+        self, contract: Contract, ring_bits: int, customers: int
+    ) -> None:
+        """The largest exact sum and twenty deviations of the noisiest sum do, or no plan is made.
+
+        An update of mode 'local' is clipped instead.
+        """
+        found = contract.revised(aggregation={"ring_bits": ring_bits, "max_customers": customers})
+        try:
+            plan = plan_of(found)
+        except AccountingError as error:
+            assert "aggregation.ring_bits = 64" in str(error)  # noqa: PT017
+            assert ring_bits == 32
+            return
+        half, merchants = 2 ** (ring_bits - 1), found.max_merchants
+        for release in plan.releases():
+            lattice = lattice_of(release, found)
+            assert lattice.ring_bits == ring_bits
+            if release.stage == UPDATE and found.training.mode == "local":
+                _, bound = local_lattice(ring_bits, merchants)
+                assert merchants * bound / lattice.step < half
+                continue
+            assert lattice.step == release.event.sensitivity / release.steps
+            spread = release.event.noise_multiplier * math.sqrt(
+                merchants / found.noise_contributors
+            )
+            assert (customers + 20 * spread) * release.steps <= half
+            share = release.event.noise_multiplier / math.sqrt(found.noise_contributors)
+            assert share * release.steps >= 50
+
+    @pytest.mark.parametrize(
+        ("customers", "steps"), [(1, 2**19), (10**6, 2**11), (2 * 10**7, 2**6)]
+    )
+    def test_room_for_customers_costs_steps(self, customers: int, steps: int) -> None:
+        """The more customers a ring of 32 bits has room for, the coarser is the lattice."""
+        aggregation = {"max_customers": customers}
+        assert plan_of(contract_of(aggregation=aggregation)).census.steps == steps
+        aggregation["ring_bits"] = 64
+        assert plan_of(contract_of(aggregation=aggregation)).census.steps == 2**20
+
+    @pytest.mark.parametrize("customers", [10**9, 10**12])
+    def test_no_room(self, customers: int) -> None:
+        """Where the ring leaves too few steps, the message says what to change."""
+        with pytest.raises(AccountingError, match=r"set aggregation.ring_bits = 64"):
+            plan_of(contract_of(aggregation={"max_customers": customers}))
+
+    def test_secure_or_not(self) -> None:
+        """Plain and secure sums travel on one lattice, so that they give one model."""
+        plain = contract_of(aggregation={"secure": False})
+        assert plan_of(plain) == plan_of(contract_of())
 
 
 def _update_of(plan: Any) -> GaussianSum:

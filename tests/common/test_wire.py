@@ -2,8 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,39 +15,68 @@ from hypothesis.extra import numpy as arrays
 
 from common.errors import WireError
 from common.wire import (
+    PROTOCOL,
+    Advertise,
+    Advertised,
     Attest,
     Attested,
+    Confirm,
+    Confirmed,
+    Reveal,
+    Revealed,
+    Share,
+    Shared,
     SumAnswer,
     SumRequest,
+    WireMessage,
     pack,
-    unpack_attest,
-    unpack_attested,
-    unpack_sum_answer,
-    unpack_sum_request,
+    unpack,
 )
-
-Unpack = Callable[[RecordDict], Any]
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 wholes = st.integers(0, 2**31 - 1)
 lengths = st.integers(0, 9)
 floats = arrays.arrays(np.float64, lengths, elements=st.floats(allow_nan=False))
-integers = arrays.arrays(np.int64, lengths)
+rings = st.sampled_from([np.uint32, np.uint64]).flatmap(lambda d: arrays.arrays(d, lengths))
 averages = st.floats(0, 1e12)
+raw = st.binary(max_size=40)
 MESSAGES = st.one_of(
     st.builds(Attest, texts, texts),
     st.builds(Attested, texts, texts, st.booleans()),
-    st.builds(SumRequest, texts, texts, texts, wholes, wholes, averages, floats),
-    st.builds(SumAnswer, texts, texts, integers),
+    st.builds(Advertise, texts, texts, wholes),
+    st.builds(Advertised, texts, raw),
+    st.builds(Share, wholes, st.lists(raw, max_size=5)),
+    st.builds(Shared, texts, raw),
+    st.builds(
+        SumRequest, texts, texts, texts, wholes, wholes, averages, wholes, wholes, raw, raw, floats
+    ),
+    st.builds(SumAnswer, texts, texts, raw, rings),
+    st.builds(Confirm, wholes, wholes, raw),
+    st.builds(Confirmed, texts, raw),
+    st.builds(Reveal, wholes, wholes, raw, raw),
+    st.builds(Revealed, texts, raw),
 )
-UNPACK: dict[str, Unpack] = {
-    "Attest": unpack_attest,
-    "Attested": unpack_attested,
-    "SumRequest": unpack_sum_request,
-    "SumAnswer": unpack_sum_answer,
-}
-REQUEST = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, np.array([1.0, 2.0, 3.0]))
-ANSWER = SumAnswer("shop", "", np.array([1, 2, 3]))
+PARAMETERS = np.array([1.0, 2.0, 3.0])
+REQUEST = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, 2, 5, b"\x07", b"box", PARAMETERS)
+PLAIN = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, 0, 0, b"", b"", PARAMETERS)
+ANSWER = SumAnswer("shop", "", b"escrow", np.array([1, 2, 3], dtype=np.uint32))
+WIDE = SumAnswer("shop", "", b"", np.array([1, 2, 2**64 - 1], dtype=np.uint64))
+ONE_OF_EACH = [
+    Attest("r", "c"),
+    Attested("m", "", False),
+    Advertise("r", "c", 1),
+    Advertised("m", b"keys"),
+    Share(1, [b"one", b"two"]),
+    Shared("m", b"shares"),
+    REQUEST,
+    PLAIN,
+    ANSWER,
+    WIDE,
+    Confirm(1, 2, b"\x03"),
+    Confirmed("m", b"codes"),
+    Reveal(1, 2, b"\x03", b"codes"),
+    Revealed("m", b"shares"),
+]
 
 
 def carried(content: RecordDict) -> RecordDict:
@@ -76,74 +104,84 @@ def with_array(array: Array | None, name: str = "vector") -> RecordDict:
 @given(MESSAGES)
 def test_round_trip(message: Any) -> None:
     """Every message comes back from Flower's bytes as it was."""
-    back = UNPACK[type(message).__name__](carried(pack(message)))
+    back = unpack(type(message), carried(pack(message)))
     for name, value in vars(message).items():
-        np.testing.assert_array_equal(getattr(back, name), value)
-        assert type(getattr(back, name)) is type(value)
+        found = getattr(back, name)
+        np.testing.assert_array_equal(found, value)
+        assert type(found) is type(value)
+        if isinstance(value, np.ndarray):
+            assert found.dtype == value.dtype
+
+
+def test_every_kind_is_tested() -> None:
+    """A message that is added to the protocol is added here."""
+    assert {type(message) for message in ONE_OF_EACH} == set(get_args(WireMessage))
 
 
 def test_vector_is_writable_and_its_own() -> None:
     """A received vector can be worked on in place."""
-    vector = unpack_sum_answer(carried(pack(ANSWER))).vector
+    vector = unpack(SumAnswer, carried(pack(ANSWER))).vector
     vector += 1
     assert vector.tolist() == [2, 3, 4]
 
 
-@pytest.mark.parametrize("message", [REQUEST, ANSWER, Attest("r", "c"), Attested("m", "", False)])
+@pytest.mark.parametrize("message", ONE_OF_EACH, ids=lambda message: type(message).__name__)
 class TestEveryMessage:
     """Faults that any message may have."""
 
-    def test_version(self, message: Any) -> None:
+    @pytest.mark.parametrize("version", [PROTOCOL - 1, PROTOCOL + 1])
+    def test_version(self, message: Any, version: int) -> None:
         """Another protocol version is told apart from everything else."""
         with pytest.raises(WireError, match="field 'protocol'"):
-            UNPACK[type(message).__name__](changed(message, protocol=2))
+            unpack(type(message), changed(message, protocol=version))
 
     def test_type(self, message: Any) -> None:
         """A message of another type is refused."""
         with pytest.raises(WireError, match="field 'type'"):
-            UNPACK[type(message).__name__](changed(message, type="Other"))
+            unpack(type(message), changed(message, type="Other"))
 
     def test_missing_field(self, message: Any) -> None:
         """Every field is needed, and the missing one is named."""
         for name, value in vars(message).items():
             if not isinstance(value, np.ndarray):
                 with pytest.raises(WireError, match=f"field '{name}'"):
-                    UNPACK[type(message).__name__](changed(message, **{name: None}))
+                    unpack(type(message), changed(message, **{name: None}))
 
     def test_mistyped_field(self, message: Any) -> None:
         """A field of another type is named, and its value is not repeated."""
         for name, value in vars(message).items():
             if not isinstance(value, np.ndarray):
+                wrong: Any = "secret" if isinstance(value, bytes | list) else b"secret"
                 with pytest.raises(WireError, match=f"field '{name}'") as caught:
-                    UNPACK[type(message).__name__](changed(message, **{name: b"secret"}))
+                    unpack(type(message), changed(message, **{name: wrong}))
                 assert "secret" not in str(caught.value)
 
     def test_not_from_hansa(self, message: Any) -> None:
         """Another app's record is refused in words."""
         with pytest.raises(WireError, match="is the sender Hansa"):
-            UNPACK[type(message).__name__](RecordDict({"metrics": ConfigRecord({"x": 1})}))
+            unpack(type(message), RecordDict({"metrics": ConfigRecord({"x": 1})}))
 
     def test_record_of_another_kind(self, message: Any) -> None:
         """A record of the right name and the wrong kind is refused."""
         with pytest.raises(WireError, match="is the sender Hansa"):
-            UNPACK[type(message).__name__](RecordDict({"hansa": ArrayRecord()}))
+            unpack(type(message), RecordDict({"hansa": ArrayRecord()}))
 
 
 class TestNumbers:
     """Ranges of numbers."""
 
-    @pytest.mark.parametrize("name", ["round", "attempt"])
+    @pytest.mark.parametrize("name", ["round", "attempt", "session", "step"])
     @pytest.mark.parametrize("value", [-1, 2**31, 1.0, True, "1"])
     def test_wholes(self, name: str, value: Any) -> None:
-        """Round and attempt are whole numbers from 0 to 2**31."""
+        """Rounds, attempts, sessions and steps are whole numbers from 0 to 2**31."""
         with pytest.raises(WireError, match=f"field '{name}'"):
-            unpack_sum_request(changed(REQUEST, **{name: value}))
+            unpack(SumRequest, changed(REQUEST, **{name: value}))
 
     @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1, "1"])
     def test_average(self, value: Any) -> None:
         """The average number of customers is a finite number."""
         with pytest.raises(WireError, match="customers_per_merchant"):
-            unpack_sum_request(changed(REQUEST, customers_per_merchant=value))
+            unpack(SumRequest, changed(REQUEST, customers_per_merchant=value))
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -153,10 +191,32 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def ring(*numbers: int) -> np.ndarray:
+    """Return ring integers."""
+    return np.array(numbers, dtype=np.uint32)
+
+
 def test_endless_text() -> None:
     """A text longer than any that the protocol needs is refused before it is stored."""
     with pytest.raises(WireError, match="field 'run': expected at most 1000"):
-        unpack_sum_request(changed(REQUEST, run="x" * 1001))
+        unpack(SumRequest, changed(REQUEST, run="x" * 1001))
+
+
+def test_endless_bytes() -> None:
+    """So are bytes, alone and in a list, and lists."""
+    with pytest.raises(WireError, match="field 'boxes': expected at most 1048576"):
+        unpack(SumRequest, changed(REQUEST, boxes=bytes(2**20 + 1)))
+    with pytest.raises(WireError, match="field 'roster': expected at most 1048576"):
+        unpack(Share, changed(Share(1, []), roster=[b"", bytes(2**20 + 1)]))
+    with pytest.raises(WireError, match="field 'roster': expected a list of at most 1000"):
+        unpack(Share, changed(Share(1, []), roster=[b""] * 1001))
+
+
+@pytest.mark.parametrize("value", [["one", "two"], [1, 2], [1.0], b"one"], ids=str)
+def test_a_list_of_something_else(value: Any) -> None:
+    """A roster is a list of bytes."""
+    with pytest.raises(WireError, match="field 'roster'"):
+        unpack(Share, changed(Share(1, [b"one"]), roster=value))
 
 
 class TestVectors:
@@ -166,61 +226,77 @@ class TestVectors:
         "array",
         [
             np.array([1.0, 2.0]),
+            np.array([1, 2]),
             np.array([1, 2], dtype=np.int32),
-            np.array([[1, 2]]),
-            np.array(1),
+            np.array([1, 2], dtype=np.uint16),
+            np.array([1, 2], dtype=">u4"),
+            np.array([[1, 2]], dtype=np.uint32),
+            np.array(1, dtype=np.uint64),
             np.array([True]),
         ],
-        ids=str,
+        ids=lambda array: f"{array.dtype.str}{array.shape}",
     )
     def test_dtype_and_axes(self, array: np.ndarray) -> None:
-        """Only one axis of 64-bit integers is an answer."""
-        with pytest.raises(WireError, match="one axis of int64"):
-            unpack_sum_answer(with_array(Array(array)))
+        """Only one axis of ring integers is an answer."""
+        with pytest.raises(WireError, match="field 'vector'"):
+            unpack(SumAnswer, with_array(Array(array)))
+
+    @pytest.mark.parametrize("dtype", ["float32", "uint32", "int64"])
+    def test_parameters(self, dtype: str) -> None:
+        """A model is of 64-bit floats."""
+        content = pack(REQUEST)
+        array = Array(np.array([1, 2, 3], dtype=dtype))
+        content["hansa.arrays"] = ArrayRecord({"vector": array})
+        with pytest.raises(WireError, match="one axis of float64"):
+            unpack(SumRequest, carried(content))
 
     def test_missing(self) -> None:
         """An answer without an array is refused."""
         with pytest.raises(WireError, match="field 'vector'"):
-            unpack_sum_answer(with_array(None))
+            unpack(SumAnswer, with_array(None))
 
     def test_misnamed(self) -> None:
         """An array of another name is refused."""
         with pytest.raises(WireError, match="field 'vector'"):
-            unpack_sum_answer(with_array(Array(np.array([1])), "other"))
+            unpack(SumAnswer, with_array(Array(ring(1)), "other"))
 
     @pytest.mark.parametrize(
         "data",
         [
             b"",
             b"PK\x03\x04" + bytes(90),  # np.load would open a zip archive
-            npy(np.array([1, 2])),
-            npy(np.array([1, 2, 3, 4])),
+            npy(ring(1, 2)),
+            npy(np.array([1, 2, 3])),
+            npy(np.array([1, 2, 3], dtype=np.uint64)),
+            npy(np.array([1, 2, 3], dtype=np.int32)),
+            npy(np.array([1, 2, 3], dtype=">u4")),
+            npy(ring(1, 2, 3, 4)),
             npy(np.array([1.0, 2.0, 3.0])),
-            npy(np.array([[1, 2, 3]])),
-            npy(np.array([1, 2, 3]))[:-1],
-            npy(np.array([1, 2, 3])) + b"\x00",
-            npy(np.array([1, 2, 3])).replace(b"(3,)", b"(9,)"),
-            npy(np.array([1, 2, 3])).replace(b"(3,), ", b"(10**9"),
+            npy(ring(1, 2, 3)[None]),
+            npy(ring(1, 2, 3))[:-1],
+            npy(ring(1, 2, 3)) + b"\x00",
+            npy(ring(1, 2, 3)).replace(b"(3,)", b"(9,)"),
+            npy(ring(1, 2, 3)).replace(b"(3,), ", b"(10**9"),
             npy(np.array([None, 1, 2])),
         ],
     )
     def test_bytes_differ(self, data: bytes) -> None:
         """Bytes are compared with their description, never parsed."""
         with pytest.raises(WireError, match="field 'vector'"):
-            unpack_sum_answer(with_array(Array("int64", (3,), "numpy.ndarray", data)))
+            unpack(SumAnswer, with_array(Array("uint32", (3,), "numpy.ndarray", data)))
 
     @pytest.mark.parametrize("shape", [(-1,), (2**31 - 1,), (0,), ()])
     def test_shape_lies(self, shape: tuple[int, ...]) -> None:
         """A shape that the bytes do not have is refused before memory is taken for it."""
-        data = npy(np.array([1, 2, 3]))
+        data = npy(ring(1, 2, 3))
         with pytest.raises(WireError, match="field 'vector'"):
-            unpack_sum_answer(with_array(Array("int64", shape, "numpy.ndarray", data)))
+            unpack(SumAnswer, with_array(Array("uint32", shape, "numpy.ndarray", data)))
 
     def test_other_serialisation(self) -> None:
         """Only numpy's own serialisation is read."""
-        data = npy(np.array([1, 2, 3]))
+        data = npy(ring(1, 2, 3))
         with pytest.raises(WireError, match="field 'vector'"):
-            unpack_sum_answer(with_array(Array("int64", (3,), "pickle", data)))
+            unpack(SumAnswer, with_array(Array("uint32", (3,), "pickle", data)))
 
 
 class TestFuzz:
@@ -239,7 +315,7 @@ class TestFuzz:
         except Exception:  # noqa: BLE001  # Flower refused it before us
             return
         try:
-            back = UNPACK[type(message).__name__](mutated)
+            back = unpack(type(message), mutated)
         except WireError:
             return
         assert type(back) is type(message)
@@ -250,9 +326,9 @@ class TestFuzz:
         """Mutated array bytes are refused, or change numbers and nothing else."""
         raw = bytearray(npy(ANSWER.vector))
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        array = Array("int64", (3,), "numpy.ndarray", bytes(raw))
+        array = Array("uint32", (3,), "numpy.ndarray", bytes(raw))
         try:
-            answer = unpack_sum_answer(with_array(array))
+            answer = unpack(SumAnswer, with_array(array))
         except WireError:
             return
         assert answer.vector.shape == (3,)

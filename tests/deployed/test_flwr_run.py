@@ -1,5 +1,6 @@
 """The same apps under Flower's own simulation, started as a person starts it."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from common.contract import contract_toml, read_contract
+from common.ledger import Budget, Ledger
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -57,13 +61,35 @@ def run(*command: str, home: Path) -> str:
     return done.stdout
 
 
-def test_flwr_run_gives_the_model_that_simulate_gives(tmp_path: Path, flower_home: Path) -> None:
-    """Ray processes and the in-process grid end in byte-identical models for one seed."""
+def make_plain(federation: Path) -> None:
+    """Let a written federation sum without secure aggregation, and every merchant accept that."""
+    path = federation / "contract.toml"
+    contract = read_contract(path).revised(aggregation={"secure": False})
+    path.write_text(contract_toml(contract))
+    (federation / "members.toml").unlink()
+    for file in federation.glob("merchants/*/merchant.toml"):
+        text = file.read_text()
+        accepted = text.replace("accept_unmasked_sums = false", "accept_unmasked_sums = true")
+        assert accepted != text
+        file.write_text(accepted)
+        file.with_name("identity.key").unlink()
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["secure", "plain"])
+def test_flwr_run_gives_the_model_that_simulate_gives(
+    tmp_path: Path, flower_home: Path, secure: bool
+) -> None:
+    """Ray processes and the in-process grid end in byte-identical models for one seed.
+
+    Any process may answer any message of a merchant: a session of secure sums lives in a file.
+    """
     ours, flowers = tmp_path / "ours", tmp_path / "flowers"
     run(
         "hansa", "data", "generate", str(ours), "--preset", "smoke", "--merchants", "5",
         "--seed", "7", home=flower_home,
     )  # fmt: skip
+    if not secure:
+        make_plain(ours)
     shutil.copytree(ours, flowers)
     run("hansa", "simulate", "--data", str(ours), "--out", str(tmp_path / "out"), home=flower_home)
     printed = run(
@@ -74,3 +100,14 @@ def test_flwr_run_gives_the_model_that_simulate_gives(tmp_path: Path, flower_hom
     assert theirs.is_file(), printed
     assert theirs.read_bytes() == (tmp_path / "out" / "bundle" / "model.safetensors").read_bytes()
     assert "not for release" in (flowers / "bundle" / "privacy.json").read_text()
+    told = json.loads((flowers / "bundle" / "privacy.json").read_text())
+    assert told["secure_aggregation"] == secure
+    for file in flowers.glob("merchants/*/merchant.toml"):
+        ledger = Ledger(file.with_name("ledger.sqlite"), Budget(1.0, 1e-5))
+        charged = [e.occasion for e in ledger.entries(told["run"]) if e.kind == "charge"]
+        survivors = ledger.survivors(told["run"])
+        ledger.close()
+        assert len(charged) > 60
+        if secure:
+            assert survivors == {(o.stage, o.round, o.attempt): 5 for o in charged}
+        assert not file.with_name("session.sealed").exists()  # the last sum was unmasked

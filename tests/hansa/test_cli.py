@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import jsonschema
 import pandas as pd
 import pytest
 
+from common import statements
 from common.contract import contract_toml, read_contract
+from common.plan import planned_epsilon_towards_server
+from common.statements import epsilon_text
 from simulations.datasets import load, write_federation
 
 COMMAND = [sys.executable, "-m", "hansa.cli"]
@@ -58,6 +62,15 @@ def federation(tmp_path: Path) -> Path:
     return tmp_path / "federation"
 
 
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """Write the same federation with plain sums, which its merchants accept."""
+    dataset = load("synthetic", preset="smoke", merchants=3)
+    contract = dataset.contract.revised(training={"rounds": 2}, aggregation={"secure": False})
+    write_federation(replace(dataset, contract=contract), tmp_path / "plain")
+    return tmp_path / "plain"
+
+
 class TestHelp:
     """What a newcomer types first."""
 
@@ -71,7 +84,8 @@ class TestHelp:
         ("command", "words"),
         [
             (("simulate",), ("--data", "--epsilon", "--seed", "--overwrite", "--json", "--mode")),
-            (("compare",), ("--seeds", "--epsilon", "--out")),
+            (("simulate",), ("--insecure-plain-sums", "without masks")),
+            (("compare",), ("--seeds", "--epsilon", "--out", "--insecure-plain-sums")),
             (("data",), ("list", "show", "generate")),
             (("merchant",), ("check", "assign")),
             (("data", "generate"), ("--epsilon", "--data-seed")),
@@ -108,6 +122,9 @@ class TestErrors:
             (("contract", "missing.toml"), "there is no such contract file"),
             (("data", "generate", "x", "--epsilon", "0"), "--epsilon: expected a number above 0"),
             (("data", "show", "nonsense"), "unknown data set 'nonsense'"),
+            (("simulate", "--merchants", "1"), "use 2 merchants or more, or --insecure-plain-sums"),
+            (("data", "generate", "x", "--merchants", "1"), "use 2 merchants or more"),
+            (("compare", "--merchants", "1"), "use 2 merchants or more, or --insecure-plain-sums"),
         ],
         ids=str,
     )
@@ -145,7 +162,14 @@ class TestErrors:
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
 
     @pytest.mark.parametrize(
-        "option", [["--epsilon", "2"], ["--seed", "0"], ["--rounds", "3"], ["--data-seed", "1"]]
+        "option",
+        [
+            ["--epsilon", "2"],
+            ["--seed", "0"],
+            ["--rounds", "3"],
+            ["--data-seed", "1"],
+            ["--insecure-plain-sums"],
+        ],
     )
     def test_a_federations_folder_takes_no_overrides(
         self, federation: Path, tmp_path: Path, option: list[str]
@@ -169,6 +193,49 @@ class TestSimulate:
         assert document == json.loads((tmp_path / "o" / "result.json").read_text())
         assert "guess" in (tmp_path / "o" / "report.html").read_text()
         assert "Report" in done.stderr
+
+    def test_sums_are_secure_unless_told_otherwise(self, tmp_path: Path) -> None:
+        """Everything that is written says so, and one epsilon holds towards everybody."""
+        done = hansa("simulate", *SMALL, "--out", "o", "--json", "r.json", cwd=tmp_path)
+        document = json.loads((tmp_path / "r.json").read_text())
+        assert document["secure"] is True
+        assert document["epsilon_server"] == document["epsilon"]
+        assert {merchant["accuracy"] for merchant in document["merchants"]} == {None}
+        assert document["achieved"]["survivors_min"] == document["achieved"]["survivors_max"] == 3
+        assert document["achieved"]["epsilon"] < document["epsilon"]
+        assert [entry["colluders"] for entry in document["colluders"]] == [0, 1]
+        assert read_contract(tmp_path / "o" / "contract.toml").aggregation.secure
+        bundle, page = tmp_path / "o" / "bundle", (tmp_path / "o" / "report.html").read_text()
+        for text in (done.stdout, page, (bundle / "MODEL_CARD.md").read_text()):
+            told = " ".join(text.split())
+            assert "The sums of this run were masked" in told
+            assert "not masked" not in told
+        assert 'class="box red"' not in page
+        assert "Towards server" not in done.stdout
+        assert "Noisy accuracy" not in done.stdout
+        assert "Colluders epsilon" in done.stdout
+        told = json.loads((bundle / "privacy.json").read_text())
+        assert told["achieved"] == document["achieved"]
+        assert told["colluders"] == document["colluders"]
+
+    def test_plain_sums_need_a_flag_and_are_told_everywhere(self, tmp_path: Path) -> None:
+        """In red where there is red, in words everywhere else."""
+        flags = ("--insecure-plain-sums", "--out", "o", "--json", "r.json")
+        done = hansa("simulate", *SMALL, *flags, cwd=tmp_path)
+        document = json.loads((tmp_path / "r.json").read_text())
+        assert document["secure"] is False
+        assert document["epsilon_server"] > document["epsilon"]
+        contract = read_contract(tmp_path / "o" / "contract.toml")
+        assert not contract.aggregation.secure
+        bundle = tmp_path / "o" / "bundle"
+        assert 'class="box red"' in (tmp_path / "o" / "report.html").read_text()
+        assert "The sums were not masked" in done.stdout
+        assert "Towards server" in done.stdout
+        told = json.loads((bundle / "privacy.json").read_text())
+        assert told["notes"] == [statements.NOT_MASKED["distributed"]]
+        assert (
+            f"**{statements.NOT_MASKED['distributed']}**" in (bundle / "MODEL_CARD.md").read_text()
+        )
 
     def test_a_generated_federation_keeps_its_ledgers(self, tmp_path: Path) -> None:
         """The second run is refused because the budget is spent, and the message says so."""
@@ -248,8 +315,22 @@ class TestCompare:
         done = hansa("compare", "c.toml", *arguments, "--json", "-", cwd=tmp_path)
         schema = json.loads((files("hansa") / "schemas" / "compare.schema.json").read_text())
         jsonschema.validate(json.loads(done.stdout), schema)
+        assert json.loads(done.stdout)["secure"] is True
+        assert "not masked" not in " ".join(done.stderr.split())
         assert (tmp_path / "o" / "comparison.html").is_file()
         assert (tmp_path / "o" / "comparison.png").is_file()
+
+    @pytest.mark.slow
+    def test_plain_sums_need_a_flag(self, tmp_path: Path) -> None:
+        """And are told with the verdict."""
+        contract = load("synthetic", preset="smoke", merchants=3).contract
+        (tmp_path / "c.toml").write_text(contract_toml(contract.revised(training={"rounds": 2})))
+        arguments = ("--preset", "smoke", "--merchants", "3", "--seeds", "1")
+        done = hansa(
+            "compare", "c.toml", *arguments, "--insecure-plain-sums", "--json", "-", cwd=tmp_path
+        )
+        assert json.loads(done.stdout)["secure"] is False
+        assert statements.NOT_MASKED_COMPARED in " ".join(done.stderr.split())
 
 
 class TestData:
@@ -283,6 +364,23 @@ class TestContract:
         for part in ("valid", "census", "update", "profile", "epsilon 1 towards whoever sees sums"):
             assert part in text
 
+    def test_of_secure_sums_it_tells_one_epsilon(self, federation: Path) -> None:
+        """For everybody, the smallest cohort, and what holds towards the server."""
+        text = " ".join(hansa("contract", federation / "contract.toml").stdout.split())
+        assert "epsilon 1 towards whoever sees sums, the server included" in text
+        assert "over at least 2 merchants" in text
+        assert "fewer than a third of the merchants of a sum collude" in text
+        assert "not masked" not in text
+
+    def test_of_plain_sums_it_tells_the_servers_epsilon(self, plain: Path) -> None:
+        """Rounded up."""
+        text = hansa("contract", plain / "contract.toml").stdout
+        agreed = read_contract(plain / "contract.toml")
+        server = epsilon_text(planned_epsilon_towards_server(agreed))
+        assert f"epsilon {server} towards the server (sums are not masked)" in text
+        assert float(server) >= planned_epsilon_towards_server(agreed)
+        assert "included" not in text
+
 
 class TestMerchant:
     """What a merchant does on its own."""
@@ -293,8 +391,67 @@ class TestMerchant:
         text = hansa("merchant", "check", file, "--contract", federation / "contract.toml").stdout
         assert "50 customers, 50 with a segment" in text
         assert "costs epsilon 1 towards" in text
+        assert "towards whoever sees sums, the server included" in text
+        assert "your key is enrolled, in a list of 3 merchants" in text
+        assert "you help to unmask sums over at least 3 merchants" in text
         assert "would be accepted" in text
         assert not (file.parent / "ledger.sqlite").exists()
+        assert not (file.parent / "session.sealed").exists()
+
+    def test_plain_sums_cost_more_towards_the_server(self, plain: Path) -> None:
+        """Two epsilons, and nothing of keys: none are needed."""
+        folder = plain / "merchants" / "merchant-0000"
+        (folder / "identity.key").unlink()
+        check = ("merchant", "check", folder / "merchant.toml")
+        text = hansa(*check, "--contract", plain / "contract.toml").stdout
+        agreed = read_contract(plain / "contract.toml")
+        server = epsilon_text(planned_epsilon_towards_server(agreed))
+        assert f"sees sums and {server} towards the server" in text
+        assert "enrolled" not in text
+
+    @pytest.mark.parametrize(
+        ("broken", "words"),
+        [
+            ("identity.key", "there is no identity key"),
+            ("others' key", "is not enrolled with the key in"),
+            ("members.toml", "there is no list of members"),
+            ("mode", "others can read this key"),
+        ],
+    )
+    def test_secure_sums_need_an_enrolled_key(
+        self, federation: Path, broken: str, words: str
+    ) -> None:
+        """Exit code 2: a file cannot be used."""
+        folder = federation / "merchants" / "merchant-0000"
+        key = folder / "identity.key"
+        if broken == "identity.key":
+            key.unlink()
+        elif broken == "others' key":
+            key.write_text((folder.parent / "merchant-0001" / "identity.key").read_text())
+        elif broken == "members.toml":
+            (federation / "members.toml").unlink()
+        else:
+            key.chmod(0o644)
+        check = ("merchant", "check", folder / "merchant.toml")
+        assert words in said(hansa(*check, "--contract", federation / "contract.toml", code=2))
+
+    def test_a_short_list_of_members_is_noticed(self, federation: Path) -> None:
+        """It may still grow, so the check goes on."""
+        listed = federation / "members.toml"
+        listed.write_text("\n".join(listed.read_text().splitlines()[:3]) + "\n")
+        check = ("merchant", "check", federation / "merchants" / "merchant-0000" / "merchant.toml")
+        text = hansa(*check, "--contract", federation / "contract.toml").stdout
+        assert "in a list of 2 merchants; the contract counts on 3" in text
+        assert "would be accepted" in text
+
+    def test_a_merchants_own_list_of_members_comes_first(self, federation: Path) -> None:
+        """As in a run: what lies beside the merchant's file is what it pinned."""
+        folder = federation / "merchants" / "merchant-0000"
+        own = (federation / "members.toml").read_text().replace("merchant-0000", "merchant-9999")
+        (folder / "members.toml").write_text(own)
+        check = ("merchant", "check", folder / "merchant.toml")
+        line = said(hansa(*check, "--contract", federation / "contract.toml", code=2))
+        assert "merchants/merchant-0000/members.toml: 'merchant-0000' is not enrolled" in line
 
     def test_a_bad_table_is_told_by_row_and_column(self, federation: Path) -> None:
         """Without the cell's value, and with exit code 2."""
@@ -313,7 +470,7 @@ class TestMerchant:
         ("found", "put", "words"),
         [
             ("epsilon = 1.0", "epsilon = 0.5", "your ledger refuses this contract"),
-            ("sums = true", "sums = false", "its sums are not masked"),
+            ("min_cohort = 3", "min_cohort = 4", "sums over at least 4 merchants"),
         ],
     )
     def test_a_policy_that_would_refuse_fails_the_check(
@@ -324,6 +481,13 @@ class TestMerchant:
         file.write_text(file.read_text().replace(found, put))
         check = ("merchant", "check", file, "--contract", federation / "contract.toml")
         assert words in hansa(*check, code=1).stdout
+
+    def test_a_policy_against_plain_sums_fails_the_check(self, plain: Path) -> None:
+        """Exit code 1 too."""
+        file = plain / "merchants" / "merchant-0000" / "merchant.toml"
+        file.write_text(file.read_text().replace("sums = true", "sums = false"))
+        check = ("merchant", "check", file, "--contract", plain / "contract.toml")
+        assert "its sums are not masked" in hansa(*check, code=1).stdout
 
     @pytest.mark.slow
     def test_a_published_model_assigns_customers(self, federation: Path, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Laws over the whole way of the data, on random federations (hypothesis)."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,9 +14,19 @@ from clients.training_opacus import clipped_gradient_sum_opacus
 from clients.worker import confusion_counts, profile_sums
 from common.accounting import epsilon
 from common.events import GaussianSum
-from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, to_lattice
+from common.fixed_point import (
+    STEPS_PER_UNIT,
+    Lattice,
+    from_lattice,
+    lattice_sensitivity,
+    lattice_step,
+    to_lattice,
+)
 from common.network import Network
 from common.noise import NoiseSource
+from simulations.datasets import load
+from simulations.federation import assemble
+from simulations.run import run_rounds
 
 networks = st.builds(
     Network,
@@ -23,6 +36,7 @@ networks = st.builds(
 seeds = st.integers(0, 2**32)
 clip_norms = st.floats(1e-3, 1e3)
 scales = st.sampled_from([0.0, 1e-6, 1.0, 100.0, 9e5])
+fineness = st.sampled_from([2**6, 2**11, STEPS_PER_UNIT])  # lattice steps in one sensitivity
 
 
 def problem(network: Network, rows: int, seed: int, scale: float) -> tuple[np.ndarray, ...]:
@@ -36,18 +50,18 @@ def problem(network: Network, rows: int, seed: int, scale: float) -> tuple[np.nd
 
 
 @settings(max_examples=120, deadline=None)
-@given(networks, st.integers(1, 30), seeds, clip_norms, scales)
+@given(networks, st.integers(1, 30), seeds, clip_norms, scales, fineness)
 def test_rounded_gradient_sums_of_neighbours(
-    network: Network, rows: int, seed: int, clip_norm: float, scale: float
+    network: Network, rows: int, seed: int, clip_norm: float, scale: float, steps: int
 ) -> None:
     """Neighbouring tables differ, rounded to the lattice, by the lattice's sensitivity at most."""
     theta, x, y = problem(network, rows, seed, scale)
-    step, gone = lattice_step(clip_norm), seed % rows
+    step, gone = lattice_step(clip_norm, steps), seed % rows
     whole = to_lattice(clipped_gradient_sum(network, theta, x, y, clip_norm), step)
     fewer = (np.delete(x, gone, axis=0), np.delete(y, gone))
     without = to_lattice(clipped_gradient_sum(network, theta, *fewer, clip_norm), step)
     moved = np.linalg.norm(from_lattice(whole - without, step))
-    assert moved <= lattice_sensitivity(clip_norm, network.size)
+    assert moved <= lattice_sensitivity(clip_norm, network.size, steps)
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,24 +96,72 @@ def test_kernel_is_opacus(
 
 
 @settings(max_examples=40, deadline=None)
-@given(networks, st.lists(st.integers(0, 12), min_size=1, max_size=5), seeds)
-def test_merchants_add_up_to_the_union(network: Network, sizes: list[int], seed: int) -> None:
-    """The sum of merchants' parts is the pooled customers' sum plus the sum of their noise."""
+@given(
+    networks,
+    st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    seeds,
+    fineness,
+    st.sampled_from([32, 64]),
+)
+def test_merchants_add_up_to_the_union(
+    network: Network, sizes: list[int], seed: int, steps: int, bits: int
+) -> None:
+    """The sum of merchants' parts is the pooled customers' sum plus the sum of their noise.
+
+    In the ring too, in which the parts travel.
+    """
     theta, x, y = problem(network, sum(sizes), seed, 1.0)
     ends = np.cumsum(sizes)
-    step = lattice_step(1.0)
+    step = lattice_step(1.0, steps)
+    lattice = Lattice(step, bits)
     settings_ = {"sensitivity": 1.0, "noise_multiplier": 2.0, "contributors": len(sizes)}
-    total = np.zeros(network.size, dtype=np.int64)
-    noise = np.zeros(network.size, dtype=np.int64)
+    settings_["steps"] = steps
+    total = np.zeros(network.size, dtype=lattice.dtype)
+    noise = np.zeros(network.size, dtype=lattice.dtype)
     for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         part = slice(end - size, end)
         exact = clipped_gradient_sum(network, theta, x[part].copy(), y[part].copy(), 1.0)
         for target, values in ((total, exact), (noise, np.zeros(network.size))):
             source = NoiseSource.seeded(seed, number)
-            np.add(target, noisy_sum(values, noise=source, **settings_), out=target)  # type: ignore[arg-type]
+            part = noisy_sum(values, noise=source, **settings_)  # type: ignore[arg-type]
+            np.add(target, lattice.to_ring(part), out=target)
     pooled = clipped_gradient_sum(network, theta, x, y, 1.0)
-    error = np.abs(from_lattice(total - noise, step) - pooled)
+    error = np.abs(from_lattice(lattice.from_ring(total - noise), step) - pooled)
     assert np.all(error <= 0.51 * step * len(sizes))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("mode", ["distributed", "local"])
+@pytest.mark.parametrize("ring_bits", [32, 64])
+def test_secure_sums_give_the_model_of_plain_sums(
+    tmp_path: Path, ring_bits: int, mode: str, optimizer: str
+) -> None:
+    """With the same noise the coordinator computes the same bits, whether it sees parts or not.
+
+    The model is linear: it starts at zero, whatever the contract's hash.
+    """
+    dataset = load("synthetic", preset="smoke", merchants=4)
+    found = []
+    for secure in (True, False):
+        contract = dataset.contract.revised(
+            model={"family": "linear"},
+            training={"rounds": 3, "mode": mode, "optimizer": optimizer},
+            aggregation={"secure": secure, "ring_bits": ring_bits, "min_survivors": 3},
+            publication={"evaluate_every": 2},
+        )
+        folder = tmp_path / str(secure)
+        folder.mkdir()
+        federation = assemble(replace(dataset, contract=contract), contract, folder, 5)
+        found.append(run_rounds(federation, folder, lambda _report: None))
+    secure_run, plain_run = found
+    assert secure_run.parameters.tobytes() == plain_run.parameters.tobytes()
+    assert secure_run.customers == plain_run.customers
+    sums = (*secure_run.evaluations, secure_run.profile)
+    for one, other in zip(sums, (*plain_run.evaluations, plain_run.profile), strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.total.tobytes() == other.total.tobytes()
+        assert (one.merchants, one.stddev) == (other.merchants, other.stddev)
 
 
 @settings(max_examples=60, deadline=None)

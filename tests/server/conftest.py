@@ -32,8 +32,8 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture
-def contract(dataset: Dataset) -> Contract:
-    """Give a contract of two rounds in which two of five merchants may be missing."""
+def secure(dataset: Dataset) -> Contract:
+    """Give a contract of two rounds and secure sums; two of five merchants may be missing."""
     return dataset.contract.revised(
         federation={"round_timeout_s": 0.02},
         model={"family": "linear"},
@@ -41,6 +41,19 @@ def contract(dataset: Dataset) -> Contract:
         aggregation={"min_survivors": 3},
         publication={"evaluate_every": 1},
     )
+
+
+@pytest.fixture
+def plain(secure: Contract) -> Contract:
+    """Give the same contract without secure sums: the coordinator sees single vectors."""
+    return secure.revised(aggregation={"secure": False})
+
+
+@pytest.fixture(params=["secure", "plain"])
+def contract(request: pytest.FixtureRequest) -> Contract:
+    """Give both contracts in turn."""
+    found: Contract = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture
@@ -65,6 +78,7 @@ def federate(dataset: Dataset, tmp_path: Path) -> Federate:
                 customers_of(member.table, contract),
                 Ledger(tmp_path / "capped" / member.merchant / "ledger.sqlite", budget),
                 accept_unmasked_sums=True,
+                secure=member.worker._secure,
             )
             members[number] = replace(member, worker=worker)
         return replace(federation, members=tuple(members))
@@ -95,6 +109,6 @@ def run_over_grid() -> RunOverGrid:
             return tamper(message, number(context), lambda m, _c=None: honest(m, context))
 
         grid = grid_type(answer, len(federation.members), {}, fault)  # type: ignore[arg-type]
-        return Coordinator(grid, federation.contract, on_round).run()
+        return Coordinator(grid, federation.contract, on_round, federation.enrolled).run()
 
     return run

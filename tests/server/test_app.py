@@ -11,7 +11,8 @@ from flwr.app import Context, RecordDict
 from clients.app import create_app as create_client_app
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
-from common.errors import ContractError, RunError
+from common.errors import ContractError, IdentityError, RunError
+from common.identity import write_members
 from server.app import _paths, create_app
 from simulations.federation import Federation
 from simulations.grid import run_in_process
@@ -22,6 +23,14 @@ Federate = Callable[..., Federation]
 def context(**config: Any) -> Context:
     """Give the context of a server with this run configuration."""
     return Context(1, 0, {}, RecordDict(), config)
+
+
+def write_files(federation: Federation, folder: Path) -> dict[str, Any]:
+    """Write what the server reads; return the run configuration that names it."""
+    (folder / "contract.toml").write_text(contract_toml(federation.contract))
+    if federation.contract.aggregation.secure:
+        write_members(federation.enrolled, folder / "members.toml")
+    return {"contract": str(folder / "contract.toml")}
 
 
 def run_app(federation: Federation, config: dict[str, Any]) -> None:
@@ -55,8 +64,8 @@ def test_a_run_prints_a_json_line_a_round_and_publishes(
     federate: Federate, contract: Contract, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Round, rounds, cohort and epsilon; then the bundle is there, and checks out."""
-    (tmp_path / "contract.toml").write_text(contract_toml(contract))
-    run_app(federate(contract, seed=None), {"contract": str(tmp_path / "contract.toml")})
+    federation = federate(contract, seed=None)
+    run_app(federation, write_files(federation, tmp_path))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["round"], line["rounds"], line["cohort"]) for line in lines] == [
         (1, 2, 5),
@@ -70,8 +79,8 @@ def test_a_seeded_merchant_marks_a_deployed_bundle(
     federate: Federate, contract: Contract, tmp_path: Path
 ) -> None:
     """The server learns it from the merchants, not from its own configuration."""
-    (tmp_path / "contract.toml").write_text(contract_toml(contract))
-    run_app(federate(contract, seed=3), {"contract": str(tmp_path / "contract.toml")})
+    federation = federate(contract, seed=3)
+    run_app(federation, write_files(federation, tmp_path))
     assert "not for release" in (tmp_path / "bundle" / "privacy.json").read_text()
 
 
@@ -85,14 +94,23 @@ def test_a_missing_contract_ends_the_run(
     assert all(not member.worker.ledger.entries() for member in federation.members)
 
 
+def test_secure_sums_need_the_list_of_members(
+    federate: Federate, secure: Contract, tmp_path: Path
+) -> None:
+    """Without it nobody is asked, and the file is named."""
+    federation = federate(secure)
+    config = write_files(federation, tmp_path)
+    (tmp_path / "members.toml").unlink()
+    with pytest.raises(IdentityError, match=r"members\.toml: there is no list of members"):
+        run_app(federation, config)
+    assert all(not member.worker.ledger.entries() for member in federation.members)
+
+
 def test_a_failed_run_publishes_nothing(
     federate: Federate, contract: Contract, tmp_path: Path
 ) -> None:
     """No bundle, not even a part of one."""
-    (tmp_path / "contract.toml").write_text(contract_toml(contract))
-    with pytest.raises(RunError):
-        run_app(
-            federate(contract, caps=dict.fromkeys(range(5), 0.1)),
-            {"contract": str(tmp_path / "contract.toml")},
-        )
+    federation = federate(contract, caps=dict.fromkeys(range(5), 0.1))
+    with pytest.raises(RunError, match="0 of 5 merchants take part"):
+        run_app(federation, write_files(federation, tmp_path))
     assert not list(tmp_path.glob("bundle*"))

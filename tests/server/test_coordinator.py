@@ -12,17 +12,12 @@ from common.accounting import epsilon
 from common.contract import Contract
 from common.errors import BudgetRefusal, RunError
 from common.events import GaussianSum, merged
+from common.fixed_point import lattice_sensitivity
 from common.ledger import Occasion
-from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
-from common.wire import (
-    Attested,
-    SumAnswer,
-    pack,
-    unpack_attested,
-    unpack_sum_answer,
-    unpack_sum_request,
-)
-from server.coordinator import MESSAGE_TYPES, Outcome, RoundReport
+from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, lattice_of, plan_of
+from common.wire import Attested, SumAnswer, SumRequest, pack, unpack
+from server.coordinator import Coordinator, Outcome, RoundReport
+from server.sums import MESSAGE_TYPES
 from simulations.federation import Federation
 from simulations.grid import InProcessGrid
 
@@ -31,6 +26,10 @@ Federate = Callable[..., Federation]
 RunOverGrid = Callable[..., Outcome]
 
 NAMES = [f"merchant-{number:04d}" for number in range(5)]
+SESSION = ("advertise", "share", "confirm", "reveal")
+
+only_plain = pytest.mark.parametrize("contract", ["plain"], indirect=True)
+only_secure = pytest.mark.parametrize("contract", ["secure"], indirect=True)
 
 
 def charged(federation: Federation, number: int, outcome: Outcome) -> list[tuple[str, object]]:
@@ -41,13 +40,21 @@ def charged(federation: Federation, number: int, outcome: Outcome) -> list[tuple
 
 def lost(number: int, stage: str, *, word: str = "silent") -> Callable[[Message], str | None]:
     """Return a fault: messages of a stage to one merchant are lost."""
-    kind = MESSAGE_TYPES.get(stage, "query.attest")
+    kind = MESSAGE_TYPES.get(stage, f"query.{stage}")
 
     def fault(message: Message) -> str | None:
         hit = message.metadata.dst_node_id == number + 2 and message.metadata.message_type == kind
         return word if hit else None
 
     return fault
+
+
+def whole_noise(contract: Contract) -> float:
+    """Return the deviation of the profile's noise if it held just the noise it must hold."""
+    release = plan_of(contract).profile
+    assert release is not None
+    unit = lattice_sensitivity(release.event.sensitivity, release.length, release.steps)
+    return release.event.noise_multiplier * unit
 
 
 class TestWholeRun:
@@ -62,7 +69,8 @@ class TestWholeRun:
         assert outcome.cohorts == [5, 5]
         assert [evaluation.round for evaluation in outcome.evaluations] == [1, 2]
         assert outcome.profile is not None
-        assert sorted(outcome.profile.parts) == NAMES
+        for found in (*outcome.evaluations, outcome.profile):
+            assert found.merchants == tuple(NAMES)
         assert not outcome.refusals
         assert not outcome.failures
 
@@ -98,6 +106,16 @@ class TestWholeRun:
         assert total == pytest.approx(contract.privacy.epsilon, rel=1e-6)
         assert total <= contract.privacy.epsilon
 
+    @only_secure
+    def test_of_a_secure_sum_no_part_is_known(
+        self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
+    ) -> None:
+        """The coordinator has nothing of a single merchant to keep."""
+        outcome = run_over_grid(federate(contract))
+        assert outcome.profile is not None
+        assert all(not found.parts for found in (*outcome.evaluations, outcome.profile))
+
+    @only_plain
     @pytest.mark.parametrize("mode", ["distributed", "local"])
     def test_a_sum_is_the_sum_of_the_messages(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid, mode: str
@@ -106,6 +124,7 @@ class TestWholeRun:
         outcome = run_over_grid(federate(contract.revised(training={"mode": mode})))
         for found in (*outcome.evaluations, outcome.profile):
             assert found is not None
+            assert sorted(found.parts) == NAMES
             np.testing.assert_array_equal(found.total, np.sum(list(found.parts.values()), axis=0))
 
     @pytest.mark.parametrize("mode", ["distributed", "local"])
@@ -128,18 +147,17 @@ class TestWholeRun:
     ) -> None:
         """With n answers and shares sized for m, the deviation is sqrt(n / m) shares."""
         outcome = run_over_grid(federate(contract))
-        sigma = next(e for s, e in outcome.events if s == PROFILE).noise_multiplier
         assert outcome.profile is not None
-        assert outcome.profile.stddev == pytest.approx(sigma * np.sqrt(5 / 3))
+        assert outcome.profile.stddev == pytest.approx(whole_noise(contract) * np.sqrt(5 / 3))
 
     def test_in_local_mode_everybody_brings_the_whole_noise(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
     ) -> None:
         """With n answers the deviation is sqrt(n) times that of one."""
-        outcome = run_over_grid(federate(contract.revised(training={"mode": "local"})))
-        sigma = next(e for s, e in outcome.events if s == PROFILE).noise_multiplier
+        contract = contract.revised(training={"mode": "local"})
+        outcome = run_over_grid(federate(contract))
         assert outcome.profile is not None
-        assert outcome.profile.stddev == pytest.approx(sigma * np.sqrt(5))
+        assert outcome.profile.stddev == pytest.approx(whole_noise(contract) * np.sqrt(5))
 
     def test_without_profiles_none_is_asked_for(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
@@ -190,7 +208,7 @@ class TestRefusals:
         outcome = run_over_grid(federation, on_round=spend)
         assert outcome.cohorts[0] == 5
         assert outcome.profile is not None
-        assert NAMES[2] not in outcome.profile.parts
+        assert NAMES[2] not in outcome.profile.merchants
         assert "its cap is 1" in outcome.refusals[NAMES[2]]
         spent = federation.members[2].worker.ledger.entries()
         assert ("refusal", outcome.run) in {(entry.kind, entry.occasion.run) for entry in spent}
@@ -213,6 +231,16 @@ class TestRefusals:
         assert "its cap is 0.25" in str(e.value)
         assert all(not member.worker.ledger.entries() for member in federation.members)
 
+    @only_secure
+    def test_secure_sums_need_no_such_consent(
+        self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
+    ) -> None:
+        """Who accepts no unmasked sums takes part in masked ones."""
+        federation = federate(contract)
+        federation.members[4].worker._accept_unmasked_sums = False
+        assert run_over_grid(federation).merchants == NAMES
+
+    @only_plain
     def test_a_policy_against_unmasked_sums_is_a_refusal(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
     ) -> None:
@@ -252,12 +280,12 @@ class TestRefusals:
 
         def tamper(message: Message, number: int, honest: Answer) -> Message:
             if number < 3 and message.metadata.message_type == MESSAGE_TYPES[UPDATE]:
-                refusal = SumAnswer(NAMES[number], "not today", np.zeros(0, dtype=np.int64))
+                refusal = SumAnswer(NAMES[number], "not today", b"", np.zeros(0, dtype=np.uint32))
                 return Message(pack(refusal), reply_to=message)
             return honest(message)
 
         federation = federate(contract)
-        with pytest.raises(RunError, match=r"update of round 1: only 2 merchants"):
+        with pytest.raises(RunError, match=r"update of round 1: too few merchants"):
             run_over_grid(federation, tamper=tamper)
         paid = [e.occasion.stage for e in federation.members[4].worker.ledger.entries()]
         assert paid == [CENSUS, UPDATE]
@@ -285,7 +313,62 @@ class TestMissing:
         if stage == UPDATE:
             assert outcome.cohorts == [4, 4]
         if found := sums.get(stage):
-            assert NAMES[3] not in found.parts
+            assert NAMES[3] not in found.merchants
+
+    @only_secure
+    @pytest.mark.parametrize("word", ["silent", "connection reset"])
+    @pytest.mark.parametrize("stage", SESSION)
+    def test_a_missing_step_of_a_session_is_survived(
+        self,
+        federate: Federate,
+        contract: Contract,
+        run_over_grid: RunOverGrid,
+        stage: str,
+        word: str,
+    ) -> None:
+        """Who does not set up is left out; who does not help to unmask was counted already."""
+        federation = federate(contract)
+        outcome = run_over_grid(federation, fault=lost(3, stage, word=word))
+        expected = "no answer within 0.02 s" if word == "silent" else word
+        assert expected in outcome.failures[NAMES[3]]
+        counted = 5 if stage in {"confirm", "reveal"} else 4
+        assert outcome.cohorts == [counted, counted]
+        assert outcome.profile is not None
+        assert (NAMES[3] in outcome.profile.merchants) == (counted == 5)
+        paid = charged(federation, 3, outcome)
+        assert paid == (outcome.events if counted == 5 else [])
+
+    @only_secure
+    @pytest.mark.parametrize("stage", [*SESSION, CENSUS, UPDATE, EVALUATION, PROFILE])
+    def test_an_answer_that_is_lost_on_its_way_back_is_survived(
+        self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid, stage: str
+    ) -> None:
+        """The merchant believes that it did its part; the sum of the others is right all the same.
+
+        Plain sums in which the same merchants are missing give the same model.
+        """
+        kind = MESSAGE_TYPES.get(stage, f"query.{stage}")
+        out = stage in {"advertise", "share"}
+
+        def tamper(message: Message, number: int, honest: Answer) -> Message:
+            reply = honest(message)
+            if number == 3 and message.metadata.message_type == kind:
+                raise RuntimeError("lost on the way back")
+            return reply
+
+        def absent(message: Message) -> str | None:
+            nonlocal out
+            to_it = message.metadata.dst_node_id == 5
+            out |= to_it and message.metadata.message_type == kind
+            asked = message.metadata.message_type in MESSAGE_TYPES.values()
+            return "gone" if out and to_it and asked else None
+
+        found = run_over_grid(federate(contract, ledgers="a"), tamper=tamper)
+        assert "lost on the way back" in found.failures[NAMES[3]]
+        plain = contract.revised(aggregation={"secure": False})
+        expected = run_over_grid(federate(plain, ledgers="b"), fault=absent)
+        assert found.cohorts == expected.cohorts
+        assert found.parameters.tobytes() == expected.parameters.tobytes()
 
     @pytest.mark.parametrize("word", ["silent", "connection reset"])
     def test_a_node_that_does_not_attest_is_not_asked_again(
@@ -298,6 +381,19 @@ class TestMissing:
         assert NAMES[3] not in outcome.merchants
         assert charged(federation, 3, outcome) == []
 
+    @only_secure
+    def test_a_merchant_that_a_session_lost_comes_back_later(
+        self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
+    ) -> None:
+        """A session goes on without it; the next one, ten sums on, has it again."""
+        contract = contract.revised(training={"rounds": 7})
+        federation = federate(contract)
+        outcome = run_over_grid(federation, fault=lost(3, CENSUS))
+        assert outcome.cohorts == [4, 4, 4, 4, 4, 5, 5]
+        survivors = federation.members[0].worker.ledger.survivors(outcome.run)
+        assert [survivors[UPDATE, number, 0] for number in range(1, 8)] == outcome.cohorts
+
+    @only_plain
     def test_a_merchant_that_was_silent_once_comes_back(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
     ) -> None:
@@ -313,7 +409,7 @@ class TestMissing:
 
         def tamper(message: Message, number: int, honest: Answer) -> Message:
             if message.metadata.message_type == MESSAGE_TYPES[UPDATE]:
-                told.append(unpack_sum_request(message.content).customers_per_merchant)
+                told.append(unpack(SumRequest, message.content).customers_per_merchant)
             return honest(message)
 
         fault = lost(3, CENSUS)
@@ -332,7 +428,7 @@ class TestRetries:
             reply = honest(message)
             if message.metadata.message_type != MESSAGE_TYPES[stage]:
                 return reply
-            if number < 3 and unpack_sum_request(message.content).attempt == 0:
+            if number < 3 and unpack(SumRequest, message.content).attempt == 0:
                 raise RuntimeError("lost on the way back")
             return reply
 
@@ -356,7 +452,7 @@ class TestRetries:
         """Every cohort that is told holds at least min_survivors."""
         contract = contract.revised(training={"rounds": 1})
         outcome = run_over_grid(federate(contract), tamper=self.first_attempts_lost(EVALUATION))
-        assert all(len(evaluation.parts) >= 3 for evaluation in outcome.evaluations)
+        assert all(len(evaluation.merchants) >= 3 for evaluation in outcome.evaluations)
 
     def test_after_the_last_attempt_the_run_ends_with_names_and_reasons(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
@@ -371,7 +467,7 @@ class TestRetries:
 
         with pytest.raises(RunError) as error:
             run_over_grid(federate(contract), fault=fault)
-        for part in ("update of round 1", "only 2 merchants", "needs 3", NAMES[4], "broken cable"):
+        for part in ("update of round 1", "too few merchants", "needs 3", NAMES[4], "broken cable"):
             assert part in str(error.value)
 
     def test_repeated_failures_never_pass_the_contracts_epsilon(
@@ -423,6 +519,14 @@ def test_min_survivors_are_enough_to_start(
     assert run_over_grid(federation).merchants == [NAMES[0], *NAMES[2:]]
 
 
+def test_secure_sums_need_the_enrolled_members(secure: Contract) -> None:
+    """A coordinator that does not know them does not begin."""
+    grid = InProcessGrid(lambda _m, _c: None, 0, {})  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="list of enrolled members"):
+        Coordinator(grid, secure, lambda _report: None)
+
+
+@only_plain
 def test_an_answer_is_read_as_it_was_packed(
     federate: Federate, contract: Contract, run_over_grid: RunOverGrid
 ) -> None:
@@ -432,13 +536,19 @@ def test_an_answer_is_read_as_it_was_packed(
     def tamper(message: Message, number: int, honest: Answer) -> Message:
         reply = honest(message)
         if message.metadata.message_type == MESSAGE_TYPES[PROFILE]:
-            answer = unpack_sum_answer(reply.content)
+            answer = unpack(SumAnswer, reply.content)
             sent[answer.merchant] = answer.vector
         elif message.metadata.message_type == "query.attest":
-            assert unpack_attested(reply.content).merchant == NAMES[number]
+            assert unpack(Attested, reply.content).merchant == NAMES[number]
         return reply
 
     outcome = run_over_grid(federate(contract), tamper=tamper)
+    release = plan_of(contract).profile
     assert outcome.profile is not None
+    assert release is not None
+    assert sorted(sent) == NAMES
+    step = lattice_of(release, contract).step
     for merchant, vector in sent.items():
-        np.testing.assert_array_equal(outcome.profile.parts[merchant], vector / 2**20)
+        assert vector.dtype == np.uint32
+        signed = np.where(vector < 2**31, vector.astype(float), vector.astype(float) - 2.0**32)
+        np.testing.assert_array_equal(outcome.profile.parts[merchant], signed * step)

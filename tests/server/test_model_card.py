@@ -32,7 +32,14 @@ def documents() -> dict[str, dict[str, Any]]:
         "privacy.json": {
             "epsilon": 0.98765,
             "delta": 1e-5,
-            "epsilon_towards_server": 2.5,
+            "secure_aggregation": False,
+            "epsilon_towards_server": 2.50001,
+            "achieved": {"epsilon": 0.97651, "survivors_min": 90, "survivors_max": 106},
+            "colluders": [
+                {"colluders": 0, "epsilon": 0.97651},
+                {"colluders": 1, "epsilon": 0.98111},
+                {"colluders": 89, "epsilon": None},
+            ],
             "notes": [statements.NOT_MASKED["distributed"], statements.NOT_FOR_RELEASE],
         },
         "metrics.json": {"accuracy": 0.61234, "accuracy_error": 0.02345},
@@ -44,7 +51,7 @@ def test_it_tells_what_was_spent_and_for_whom(
 ) -> None:
     """Epsilon, delta, the server's epsilon, the unit, and what is not protected."""
     card = model_card(outcome, contract, documents)
-    for part in ("0.9877", "1e-05", "2.5", statements.UNIT, *statements.NOT_PROTECTED):
+    for part in ("0.9877", "1e-05", "server: 2.501\n", statements.UNIT, *statements.NOT_PROTECTED):
         assert part in card
 
 
@@ -81,3 +88,37 @@ def test_accuracy_comes_with_its_noise(
     assert "0.612 ± 0.023" in model_card(outcome, contract, documents)
     documents["metrics.json"]["accuracy"] = None
     assert "too noisy to state" in model_card(outcome, contract, documents)
+
+
+def test_colluders_are_told_rounded_up(
+    outcome: Outcome, contract: Contract, documents: dict[str, dict[str, Any]]
+) -> None:
+    """What was achieved, and what is left with colluders."""
+    card = model_card(outcome, contract, documents)
+    assert "- by the noise of 90 to 106 merchants in a sum, epsilon 0.9766\n" in card
+    assert "- if 1 of them colludes with whoever looks: 0.9812\n" in card
+    assert "- if 89 of them collude with whoever looks: unbounded\n" in card
+
+
+def test_plain_sums_are_printed_in_bold(
+    outcome: Outcome, contract: Contract, documents: dict[str, dict[str, Any]]
+) -> None:
+    """With their own epsilon towards the server."""
+    card = model_card(outcome, contract, documents)
+    assert f"- **{statements.NOT_MASKED['distributed']}**" in card
+
+
+def test_masked_sums_are_printed_calmly(
+    outcome: Outcome, contract: Contract, documents: dict[str, dict[str, Any]]
+) -> None:
+    """One epsilon for everybody; a seed is still a warning."""
+    said = statements.sums_statement("distributed", secure=True, merchants=90)
+    documents["privacy.json"] |= {
+        "secure_aggregation": True,
+        "notes": [said, statements.NOT_FOR_RELEASE],
+    }
+    card = model_card(outcome, contract, documents)
+    assert f"- {said}\n" in card
+    assert f"- **{statements.NOT_FOR_RELEASE}**" in card
+    assert "the same epsilon towards the server" in card
+    assert "2.501" not in card

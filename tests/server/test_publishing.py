@@ -1,6 +1,7 @@
 """From noisy sums to the bundle: figures by hand, error bars by drawing, nothing exact."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from safetensors.numpy import load_file
 from audit.epsilon import recompute
 from clients.worker import confusion_counts, profile_sums
 from common import statements
-from common.accounting import epsilon
+from common.accounting import epsilon, gaussian_epsilon
 from common.bundle import read_bundle
 from common.contract import Contract, parse_contract, read_contract
 from common.events import GaussianSum, from_document
+from common.network import initial_parameters
+from common.plan import plan_of
+from common.session import threshold
 from server.coordinator import NoisySum, Outcome
 from server.publishing import (
     accuracy_of,
+    achieved_epsilon,
+    colluder_counts,
     macro_f1_of,
     metrics_document,
     privacy_document,
@@ -30,6 +36,9 @@ from simulations.federation import Federation
 
 Federate = Callable[..., Federation]
 RunOverGrid = Callable[..., Outcome]
+
+only_plain = pytest.mark.parametrize("contract", ["plain"], indirect=True)
+only_secure = pytest.mark.parametrize("contract", ["secure"], indirect=True)
 
 COUNTS = np.array([[50.0, 10.0, 0.0], [5.0, 80.0, 15.0], [0.0, 20.0, 20.0]])
 
@@ -55,7 +64,7 @@ def shop() -> Contract:
 
 def profile_of(total: np.ndarray, stddev: float) -> NoisySum:
     """Wrap a profile vector."""
-    return NoisySum("profile", 1, total, stddev, {})
+    return NoisySum("profile", 1, total, stddev, ("a", "b"), {})
 
 
 @pytest.fixture
@@ -139,7 +148,7 @@ class TestMetrics:
     def test_it_says_how_noisy_it_is(self, shop: Contract) -> None:
         """Counts, their deviation, and figures that follow from them."""
         found = metrics_document(
-            NoisySum("evaluation", 1, np.array([90.0, 10.0, 20.0, 80.0]), 2.0, {}), shop
+            NoisySum("evaluation", 1, np.array([90.0, 10.0, 20.0, 80.0]), 2.0, ("a",), {}), shop
         )
         assert found["confusion"] == [[90.0, 10.0], [20.0, 80.0]]
         assert found["count_stddev"] == 2.0
@@ -149,7 +158,7 @@ class TestMetrics:
     def test_too_noisy_figures_are_null(self, shop: Contract) -> None:
         """Nothing is claimed from noise."""
         found = metrics_document(
-            NoisySum("evaluation", 1, np.array([9.0, 1, 2, 8]), 99.0, {}), shop
+            NoisySum("evaluation", 1, np.array([9.0, 1, 2, 8]), 99.0, ("a",), {}), shop
         )
         assert found["accuracy"] is found["accuracy_error"] is found["macro_f1"] is None
 
@@ -259,10 +268,12 @@ class TestPrivacy:
         before = privacy_document(outcome, contract)
         update = next(item for item in outcome.events if item[0] == "update")
         outcome.events.append(update)
+        outcome.survivors.append(None)
         after = privacy_document(outcome, contract)
         assert after["events"]["update"][0]["count"] == before["events"]["update"][0]["count"] + 1
         assert after["epsilon"] > before["epsilon"]
 
+    @only_plain
     def test_towards_the_server_less_noise_is_counted(
         self, outcome: Outcome, contract: Contract
     ) -> None:
@@ -275,11 +286,34 @@ class TestPrivacy:
         assert found["epsilon_towards_server"] == pytest.approx(epsilon(shares, found["delta"]))
         assert found["epsilon_towards_server"] > found["epsilon"]
 
+    @only_secure
+    def test_towards_the_server_secure_sums_cost_no_more(
+        self, outcome: Outcome, contract: Contract
+    ) -> None:
+        """The server sees what everybody may see."""
+        found = privacy_document(outcome, contract)
+        assert found["epsilon_towards_server"] == found["epsilon"]
+
+    @only_secure
+    def test_it_does_not_say_of_masked_sums_that_they_were_not(
+        self, outcome: Outcome, contract: Contract
+    ) -> None:
+        """Neither in the field nor in a note."""
+        found = privacy_document(outcome, contract)
+        assert found["secure_aggregation"] is True
+        assert not set(found["notes"]) & set(statements.NOT_MASKED.values())
+        assert found["notes"] == [
+            statements.sums_statement("distributed", secure=True, merchants=5)
+        ]
+        assert set(statements.MASKED_ASSUMPTIONS) <= set(found["assumptions"])
+
+    @only_plain
     def test_it_says_that_sums_were_not_masked(self, outcome: Outcome, contract: Contract) -> None:
         """And nothing about seeds where there was none."""
         found = privacy_document(outcome, contract)
         assert found["notes"] == [statements.NOT_MASKED[contract.training.mode]]
         assert found["secure_aggregation"] is False
+        assert not set(statements.MASKED_ASSUMPTIONS) & set(found["assumptions"])
 
     def test_a_seeded_run_is_not_for_release(
         self, contract: Contract, federate: Federate, run_over_grid: RunOverGrid
@@ -288,6 +322,7 @@ class TestPrivacy:
         found = privacy_document(run_over_grid(federate(contract, seed=1)), contract)
         assert statements.NOT_FOR_RELEASE in found["notes"]
 
+    @only_secure
     @pytest.mark.parametrize("stages", [("census",), ("update", "profile")])
     def test_stages_are_told_alone_too(
         self, outcome: Outcome, contract: Contract, stages: tuple[str, ...]
@@ -296,6 +331,93 @@ class TestPrivacy:
         found = privacy_document(outcome, contract)
         for stage in stages:
             assert 0 < found["epsilon_by_stage"][stage] < found["epsilon"]
+
+
+class TestColluders:
+    """What noise was there, and what is left of it where merchants tell theirs."""
+
+    def outcome(self, contract: Contract, survivors: list[int | None]) -> Outcome:
+        """Give a run with one sum for every number of survivors."""
+        events = [("update", plan_of(contract).update.event)] * len(survivors)
+        parameters = initial_parameters(contract)
+        return Outcome("run", parameters, 9.0, events=list(events), survivors=survivors)
+
+    def by_hand(self, contract: Contract, *shares: float) -> float:
+        """Return epsilon by mu^2 = sum of 1 / (sigma^2 * honest shares / counted on)."""
+        sigma = plan_of(contract).update.event.noise_multiplier
+        mu = math.sqrt(sum(1 / (sigma**2 * share) for share in shares))
+        return gaussian_epsilon(mu, contract.privacy.delta)
+
+    def test_table_by_hand(self, contract: Contract) -> None:
+        """Of 5, 4 and (failed) 3 merchants where the plan counts on 3: sigma^2 n / m, less f."""
+        found = privacy_document(self.outcome(contract, [5, 4, None]), contract)
+        assert contract.noise_contributors == 3
+        claimed = self.by_hand(contract, 1, 1, 1)
+        assert found["epsilon"] == pytest.approx(claimed, rel=1e-9)
+        assert found["achieved"] == {
+            "epsilon": pytest.approx(self.by_hand(contract, 5 / 3, 4 / 3, 3 / 3), rel=1e-9),
+            "survivors_min": 3,
+            "survivors_max": 5,
+        }
+        assert [entry["colluders"] for entry in found["colluders"]] == [0, 1]
+        assert [entry["epsilon"] for entry in found["colluders"]] == pytest.approx(
+            [
+                self.by_hand(contract, 5 / 3, 4 / 3, 3 / 3),
+                self.by_hand(contract, 4 / 3, 3 / 3, 2 / 3),
+            ],
+            rel=1e-9,
+        )
+
+    @pytest.mark.parametrize(
+        ("merchants", "counts"),
+        [(1, [0, 1]), (2, [0, 1]), (5, [0, 1]), (10, [0, 1, 3]), (106, [0, 1, 11, 35])],
+    )
+    def test_counts_are_none_one_a_tenth_and_below_a_third(
+        self, merchants: int, counts: list[int]
+    ) -> None:
+        """Without doubles; never as many as would break the masks."""
+        assert colluder_counts(merchants) == counts
+        if merchants > 1:
+            assert all(merchants + f < 2 * threshold(merchants) for f in counts)
+
+    def test_nothing_is_left_of_a_sum_of_colluders(self, contract: Contract) -> None:
+        """Unbounded, in JSON null."""
+        run = self.outcome(contract, [5, 2])
+        assert achieved_epsilon(run, contract, 1) < math.inf
+        assert achieved_epsilon(run, contract, 2) == math.inf
+        alone = privacy_document(self.outcome(contract, [1]), contract)
+        assert alone["colluders"][1] == {"colluders": 1, "epsilon": None}
+
+    @pytest.mark.parametrize("survivors", [[3, 3], [4, 5], [None, 200]], ids=str)
+    def test_enough_survivors_never_exceed_the_claim(
+        self, contract: Contract, survivors: list[int | None]
+    ) -> None:
+        """The claim counts on the fewest; more noise only helps."""
+        found = privacy_document(self.outcome(contract, survivors), contract)
+        assert found["achieved"]["epsilon"] <= found["epsilon"] * (1 + 1e-12)
+
+    def test_colluders_that_the_contract_allows_are_within_the_claim(
+        self, contract: Contract
+    ) -> None:
+        """With aggregation.colluders = 1 one colluder leaves what was promised."""
+        contract = contract.revised(aggregation={"colluders": 1})
+        run = self.outcome(contract, [3])
+        assert achieved_epsilon(run, contract, 1) == pytest.approx(
+            self.by_hand(contract, 1), rel=1e-9
+        )
+
+    def test_own_noise_is_not_lessened(self, contract: Contract) -> None:
+        """In mode local every merchant's own noise is the whole."""
+        contract = contract.revised(training={"mode": "local"})
+        run = self.outcome(contract, [5, None])
+        found = {achieved_epsilon(run, contract, colluders) for colluders in (0, 1, 5, 99)}
+        assert found == {epsilon([event for _, event in run.events], contract.privacy.delta)}
+
+    def test_a_run_tells_how_many_took_part(self, outcome: Outcome, contract: Contract) -> None:
+        """Five of five, so that less is achieved than was claimed."""
+        found = privacy_document(outcome, contract)
+        assert found["achieved"]["survivors_min"] == found["achieved"]["survivors_max"] == 5
+        assert found["achieved"]["epsilon"] < found["epsilon"]
 
 
 class TestBundle:
@@ -347,6 +469,7 @@ class TestBundle:
         told = json.loads((published / "metrics.json").read_text())["confusion"]
         np.testing.assert_allclose(np.ravel(told), outcome.evaluations[-1].total, atol=0.005)
 
+    @only_plain
     def test_no_merchants_own_message_is_in_it(self, published: Path, outcome: Outcome) -> None:
         """Only sums are published."""
         text = "".join(

@@ -23,7 +23,8 @@ def ask(
 ) -> StageResult:
     """Ask four nodes."""
     grid = grid_type(client, 4, {}, fault)  # type: ignore[arg-type]
-    return run_stage(grid, "query.x", RecordDict, sorted(grid.get_node_ids()), timeout_s)
+    contents = {node: RecordDict() for node in sorted(grid.get_node_ids())}
+    return run_stage(grid, "query.x", contents, timeout_s)
 
 
 def test_every_node_answers_under_its_own_id() -> None:
@@ -32,6 +33,20 @@ def test_every_node_answers_under_its_own_id() -> None:
     told = {node: content["answer"]["node"] for node, content in result.contents.items()}
     assert told == {2: 0, 3: 1, 4: 2, 5: 3}
     assert not result.errors
+    assert not result.silent
+
+
+def test_every_node_gets_a_message_of_its_own() -> None:
+    """Contents differ from node to node, and a node that has none is not asked."""
+
+    def repeat(message: Message, _context: Context) -> Message:
+        return Message(message.content, reply_to=message)
+
+    grid = InProcessGrid(repeat, 4, {})  # type: ignore[arg-type]
+    contents = {node: RecordDict({"x": ConfigRecord({"secret": 10 * node})}) for node in (2, 4)}
+    result = run_stage(grid, "query.x", contents, 0.05)
+    told = {node: content["x"]["secret"] for node, content in result.contents.items()}
+    assert told == {2: 20, 4: 40}
     assert not result.silent
 
 
@@ -116,4 +131,4 @@ def test_a_second_answer_to_one_question_is_not_counted() -> None:
 def test_nobody_to_ask_ends_at_once() -> None:
     """An empty cohort is an empty result."""
     grid = InProcessGrid(echo, 0, {})  # type: ignore[arg-type]
-    assert run_stage(grid, "query.x", RecordDict, [], 60.0) == StageResult()
+    assert run_stage(grid, "query.x", {}, 60.0) == StageResult()

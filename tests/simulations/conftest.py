@@ -1,5 +1,6 @@
 """Findings that look like real ones, for the tests of what is written about them."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from common.contract import Contract, parse_contract
 from simulations.result import (
+    Achieved,
+    Collusion,
     Comparison,
     ComparisonRow,
     MerchantRecord,
@@ -21,7 +24,7 @@ HOSTILE = "<script>alert(1)</script>$x^{\x1b[31m\u202e[red]&\"'客"
 
 @pytest.fixture
 def shop_contract() -> Contract:
-    """Hold a small contract with four segments and one feature of each kind."""
+    """Hold a small contract with plain sums, four segments and one feature of each kind."""
     return parse_contract(
         {
             "federation": {"name": "Hanseatic shops", "min_merchants": 2},
@@ -37,6 +40,7 @@ def shop_contract() -> Contract:
                 "actions": ["Win back with a voucher", "", "Thank", "Invite to the club"],
             },
             "privacy": {"epsilon": 1.0, "delta": 1e-5},
+            "aggregation": {"secure": False},
         },
         source="test",
     )
@@ -44,7 +48,7 @@ def shop_contract() -> Contract:
 
 @pytest.fixture
 def small_result(shop_contract: Contract) -> SimulationResult:
-    """Hold a run of three merchants, one of which refused."""
+    """Hold a run of three merchants with plain sums; one merchant refused."""
     rounds = tuple(
         RoundRecord(
             round=number,
@@ -78,6 +82,8 @@ def small_result(shop_contract: Contract) -> SimulationResult:
         epsilon_server=1.413,
         epsilon_recomputed=0.9818,
         epsilon_opacus=0.9918,
+        achieved=Achieved(0.981, 2, 3),
+        colluders=(Collusion(0, 0.981), Collusion(1, 1.3971), Collusion(2, math.inf)),
         delta=1e-5,
         spent={"census": 0.11, "update": 0.9, "evaluation": 0.21, "profile": 0.17},
         secure=False,
@@ -112,21 +118,37 @@ def shop_segments() -> tuple[SegmentRecord, ...]:
 
 
 @pytest.fixture
-def large_result(small_result: SimulationResult) -> SimulationResult:
+def masked_result(small_result: SimulationResult) -> SimulationResult:
+    """Hold the same run with masked sums."""
+    return replace(
+        small_result,
+        contract=small_result.contract.revised(aggregation={"secure": True}),
+        merchants=tuple(
+            replace(merchant, epsilon_server=merchant.epsilon, accuracy=None, accuracy_error=None)
+            for merchant in small_result.merchants
+        ),
+        epsilon_server=small_result.epsilon,
+        secure=True,
+        notes=(),
+    )
+
+
+@pytest.fixture
+def large_result(masked_result: SimulationResult) -> SimulationResult:
     """Hold a seeded, masked run of a thousand merchants, forty of which refused."""
     merchants = tuple(
         MerchantRecord(
             id=f"merchant-{index:04d}",
             customers=10 + index,
             epsilon=0.9 + index % 83 / 1000,
-            epsilon_server=0.982,
-            accuracy=0.5 + index % 97 / 500,
-            accuracy_error=0.2,
+            epsilon_server=0.9 + index % 83 / 1000,
+            accuracy=None,
+            accuracy_error=None,
             refused="budget" if index % 25 == 0 else None,
         )
         for index in range(1000)
     )
-    return replace(small_result, merchants=merchants, secure=True, seed=11, notes=())
+    return replace(masked_result, merchants=merchants, seed=11)
 
 
 @pytest.fixture
@@ -181,5 +203,6 @@ def shop_comparison() -> Comparison:
             row("distributed", None, 0.599, 0.593, 0.821),
             row("pooled", None, 0.604, 0.6, 0.826),
         ),
+        secure=True,
         notes=("Stores with fewer than 10 customers were left out.",),
     )

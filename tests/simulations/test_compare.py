@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from common import statements
 from common.contract import Contract
 from common.plan import plan_of
 from simulations.compare import (
@@ -187,6 +188,30 @@ def test_the_json_keeps_its_schema(comparison: Comparison) -> None:
     jsonschema.validate(document, schema)
     assert document["seeds"] == SEEDS
     assert document["merchants"] == 6
+
+
+def test_it_says_how_its_federated_runs_summed(
+    comparison: Comparison, dataset: Dataset, contract: Contract
+) -> None:
+    """Secure sums are a note, plain ones a flag that a caution is made of."""
+    assert comparison.secure
+    assert statements.MASKED_COMPARED in comparison.notes
+    plain = contract.revised(aggregation={"secure": False})
+    found = compare(Question(dataset, plain, (), 1), lambda _step: None)
+    assert not found.secure
+    assert statements.MASKED_COMPARED not in found.notes
+    assert statements.NOT_MASKED_COMPARED in comparison_document(found)["notes"]
+
+
+def test_what_is_trained_in_one_place_does_not_depend_on_how_sums_are_made(
+    contract: Contract,
+) -> None:
+    """The noise of its plan is the same, whatever the ring is."""
+    noise = {
+        plan_of(in_mode(contract.revised(aggregation=aggregation), "distributed")).update.event
+        for aggregation in ({}, {"secure": False}, {"ring_bits": 64}, {"max_customers": 10})
+    }
+    assert len(noise) == 1
 
 
 def test_it_says_what_it_is_doing(comparison: Comparison, steps: list[str]) -> None:

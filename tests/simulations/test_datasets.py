@@ -1,6 +1,8 @@
 """The catalogue, ready contracts, choosing a data set, and writing it as a federation."""
 
+import stat
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from clients.merchant import read_merchant
 from clients.table import is_held_out, read_table
 from common.contract import read_contract
 from common.errors import DataError
+from common.identity import read_identity, read_members
 from simulations.catalogue import CatalogueEntry
 from simulations.datasets import (
     Dataset,
@@ -113,10 +116,15 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], message
         load(**options)  # type: ignore[arg-type]
 
 
-def test_a_written_federation_reads_back(dataset: Dataset, tmp_path: Path) -> None:
-    """Contract, merchant files and tables are what was written."""
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_written_federation_reads_back(dataset: Dataset, tmp_path: Path, secure: bool) -> None:
+    """Contract, members, merchant files and tables are what was written."""
+    contract = dataset.contract.revised(aggregation={"secure": secure})
+    dataset = replace(dataset, contract=contract)
     folder = tmp_path / "a" / "federation"
     write_federation(dataset, folder)
+    members = read_members(folder / "members.toml")
+    assert set(members.keys) == set(dataset.merchants)
     assert read_contract(folder / "contract.toml").sha256 == dataset.contract.sha256
     assert {path.name for path in (folder / "merchants").iterdir()} == set(dataset.merchants)
     for name, table in dataset.merchants.items():
@@ -124,7 +132,10 @@ def test_a_written_federation_reads_back(dataset: Dataset, tmp_path: Path) -> No
         merchant = read_merchant(own / "merchant.toml")
         assert merchant.merchant.id == name
         assert merchant.policy.epsilon == dataset.contract.privacy.epsilon
-        assert merchant.policy.accept_unmasked_sums
+        assert merchant.policy.accept_unmasked_sums == (not secure)
+        assert read_identity(name, merchant.merchant.key).public == members.keys[name]
+        assert merchant.merchant.key == own / "identity.key"
+        assert stat.S_IMODE(merchant.merchant.key.stat().st_mode) == 0o600
         assert merchant.simulation.seed is None
         pd.testing.assert_frame_equal(pd.read_parquet(own / "customers.parquet"), table)
 

@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from common import statements
 from simulations.documents import comparison_document, simulation_document
 from simulations.result import Comparison, SimulationResult
 
@@ -51,8 +52,38 @@ class TestSimulation:
             "id": "riga",
             "customers": 57,
             "epsilon": 0.0,
+            "accuracy": None,
             "refused": "its own cap of 0.5 would be passed",
         }
+
+    def test_achieved_noise_and_colluders(self, small_result: SimulationResult) -> None:
+        """As found; nothing left is null."""
+        document = _checked(simulation_document(small_result), "simulate")
+        assert document["achieved"] == {"epsilon": 0.981, "survivors_min": 2, "survivors_max": 3}
+        assert document["colluders"] == [
+            {"colluders": 0, "epsilon": 0.981},
+            {"colluders": 1, "epsilon": 1.3971},
+            {"colluders": 2, "epsilon": None},
+        ]
+
+    def test_masked_sums_tell_no_merchants_accuracy(self, large_result: SimulationResult) -> None:
+        """It is null for everybody; plain sums have it."""
+        document = _checked(simulation_document(large_result), "simulate")
+        assert document["secure"] is True
+        assert {merchant["accuracy"] for merchant in document["merchants"]} == {None}
+
+    def test_plain_sums_tell_a_merchants_accuracy(self, small_result: SimulationResult) -> None:
+        """From its own message."""
+        document = _checked(simulation_document(small_result), "simulate")
+        assert document["merchants"][0]["accuracy"] == 0.581
+
+    @pytest.mark.parametrize("key", ["achieved", "colluders"])
+    def test_a_missing_key_is_refused(self, small_result: SimulationResult, key: str) -> None:
+        """The schema wants every key."""
+        document = simulation_document(small_result)
+        del document[key]
+        with pytest.raises(jsonschema.ValidationError):
+            _checked(document, "simulate")
 
     def test_no_report(self, large_result: SimulationResult) -> None:
         """Without a report its place is null."""
@@ -86,3 +117,10 @@ class TestComparison:
         assert document["rows"][6]["epsilon"] == 1.0
         assert document["rows"][6]["accuracy"] == {"mean": 0.587, "sd": 0.008}
         assert len(document["rows"][6]["by_size"]) == len(document["sizes"]) == 3
+
+    def test_it_says_how_sums_were_made(self, shop_comparison: Comparison) -> None:
+        """Plain sums are a note too, the first one."""
+        assert _checked(comparison_document(shop_comparison), "compare")["secure"] is True
+        document = _checked(comparison_document(replace(shop_comparison, secure=False)), "compare")
+        assert document["secure"] is False
+        assert document["notes"] == [statements.NOT_MASKED_COMPARED, *shop_comparison.notes]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ContractError, DataError, PolicyError
+from common.contract import contract_toml, read_contract
+from common.errors import ContractError, DataError, IdentityError, PolicyError
+from common.identity import Members, read_members
 from simulations.datasets import Dataset, load, write_federation
 from simulations.federation import (
     assemble,
@@ -20,6 +22,12 @@ from simulations.federation import (
 def dataset() -> Dataset:
     """Generate three merchants."""
     return load("synthetic", preset="smoke", merchants=3)
+
+
+def make_plain(folder: Path) -> None:
+    """Replace a federation's contract by one with plain sums."""
+    contract = read_contract(folder / "contract.toml").revised(aggregation={"secure": False})
+    (folder / "contract.toml").write_text(contract_toml(contract))
 
 
 @pytest.fixture
@@ -66,12 +74,47 @@ def test_a_folder_without_a_federation_is_refused(folder: Path, missing: str) ->
         open_federation(folder)
 
 
-def test_two_merchants_with_one_id_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize("secure", [True, False])
+def test_two_merchants_with_one_id_are_refused(folder: Path, secure: bool) -> None:
     """Their assignments would overwrite each other."""
+    if not secure:
+        make_plain(folder)
     file = folder / "merchants" / "merchant-0001" / "merchant.toml"
     file.write_text(file.read_text().replace("merchant-0001", "merchant-0000"))
-    with pytest.raises(DataError, match="merchant-0000"):
+    key = folder / "merchants" / "merchant-0000" / "identity.key"
+    shutil.copy(key, file.with_name("identity.key"))  # the whole folder was copied
+    with pytest.raises(DataError, match="'merchant-0000' is used by another merchant too"):
         open_federation(folder)
+
+
+def test_a_merchant_that_takes_anothers_id_is_refused(folder: Path) -> None:
+    """Its key is not the one that is enrolled under that id."""
+    file = folder / "merchants" / "merchant-0001" / "merchant.toml"
+    file.write_text(file.read_text().replace("merchant-0001", "merchant-0000"))
+    with pytest.raises(IdentityError, match=r"'merchant-0000' is not enrolled with the key in"):
+        open_federation(folder)
+
+
+def test_everybody_is_enrolled(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
+    """In memory and in files the list of members holds every merchant's own key."""
+    opened = open_federation(folder)
+    for federation in (opened, assemble(dataset, dataset.contract, tmp_path / "a", None)):
+        assert list(federation.enrolled.keys) == list(dataset.merchants)
+        for member in federation.members:
+            party = member.worker._secure
+            assert party is not None
+            assert party.members == federation.enrolled
+            assert party.identity.public == federation.enrolled.keys[member.merchant]
+    assert opened.enrolled == read_members(folder / "members.toml")
+
+
+def test_plain_sums_need_no_members(folder: Path) -> None:
+    """A federation whose contract has plain sums opens without keys."""
+    make_plain(folder)
+    (folder / "members.toml").unlink()
+    for key in folder.glob("merchants/*/identity.key"):
+        key.unlink()
+    assert open_federation(folder).enrolled == Members({})
 
 
 def test_a_broken_file_of_a_merchant_is_named(folder: Path) -> None:

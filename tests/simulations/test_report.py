@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common import statements
 from common.accounting import person_table
 from common.errors import HansaError
 from simulations.report import highlights, verdict, write_comparison, write_report
@@ -136,11 +137,57 @@ class TestReport:
         assert len(page.found("div", **{"class": "box red"})) == 1
         assert "Towards the server the epsilon is 1.413, not 0.982." in page.text
 
-    def test_no_red_box_when_masked(self, small_result: SimulationResult, tmp_path: Path) -> None:
-        """Masked sums need no warning."""
-        page = _report(replace(small_result, secure=True), tmp_path)
+    def test_calm_box_when_masked(self, masked_result: SimulationResult, tmp_path: Path) -> None:
+        """Masked sums need no warning: a calm box says what that gives, and towards whom."""
+        page = _report(masked_result, tmp_path)
         assert not page.found("div", **{"class": "box red"})
-        assert "not masked. " not in page.text
+        assert len(page.found("div", **{"class": "box note"})) == 1
+        assert "not masked" not in page.text
+        said = statements.sums_statement("distributed", secure=True, merchants=2)
+        assert "over at least 2 merchants" in said
+        assert said in page.text
+
+    def test_plain_sums_do_not_claim_masks(
+        self, small_result: SimulationResult, tmp_path: Path
+    ) -> None:
+        """What only masking gives is nowhere on the page of plain sums."""
+        text = _report(small_result, tmp_path).text
+        assert "The sums were masked" not in text
+        assert "the server included" not in text
+        assert "Sums not masked" in text
+
+    @pytest.mark.parametrize("secure", [False, True])
+    def test_what_single_messages_tell_is_shown_for_plain_sums_only(
+        self,
+        small_result: SimulationResult,
+        masked_result: SimulationResult,
+        tmp_path: Path,
+        secure: bool,
+    ) -> None:
+        """Masked sums have no column of a merchant's accuracy or of its epsilon to the server."""
+        page = _report(masked_result if secure else small_result, tmp_path)
+        assert ("Epsilon towards the server" in page.text) is not secure
+        assert ("58.1 ± 3.1 %" in page.text) is not secure
+        table = page.source.partition('aria-label="Table of the merchants"')[2]
+        head, _, rest = table.partition("</thead>")
+        assert head.count('scope="col"') == (5 if secure else 7)
+        row = rest.partition("</tr>")[0]
+        assert row.count("<td") + row.count("<th") == (5 if secure else 7)
+
+    def test_colluders_have_a_table(self, small_result: SimulationResult, tmp_path: Path) -> None:
+        """Every entry, rounded up; what is unbounded is said in a word."""
+        page = _report(small_result, tmp_path)
+        assert "0 0.981 1 1.398 2 unbounded" in page.text
+        assert "each over at least 2 merchants" in page.text
+        assert "by the noise of 2 to 3 merchants a sum" in page.text
+
+    def test_own_noise_fears_no_colluders(
+        self, small_result: SimulationResult, tmp_path: Path
+    ) -> None:
+        """In mode local the page says so."""
+        contract = small_result.contract.revised(training={"mode": "local"})
+        text = _report(replace(small_result, contract=contract), tmp_path).text
+        assert "nobody who colludes lessens it" in text
 
     def test_box_when_seeded(self, small_result: SimulationResult, tmp_path: Path) -> None:
         """A seed is said to make the noise guessable, and only a seed is."""
@@ -281,6 +328,13 @@ class TestComparison:
         assert "full sight of the held-out customers" in page.text
         assert "not for release" in page.text
         assert "nan" not in page.text.split()
+
+    def test_plain_sums_are_said_in_red(self, shop_comparison: Comparison, tmp_path: Path) -> None:
+        """And only they are."""
+        assert not _comparison(shop_comparison, tmp_path).found("div", **{"class": "box red"})
+        page = _comparison(replace(shop_comparison, secure=False), tmp_path)
+        assert len(page.found("div", **{"class": "box red"})) == 1
+        assert statements.NOT_MASKED_COMPARED in page.text
 
     def test_hostile_names(self, shop_comparison: Comparison, tmp_path: Path) -> None:
         """A data set's name is text."""

@@ -151,12 +151,13 @@ class TestBooks:
         ],
         ids=["distributed", "local", "sampled"],
     )
+    @pytest.mark.parametrize("secure", [True, False], ids=["secure", "plain"])
     def test_epsilon_is_that_of_all_ledger_entries(
-        self, run_small: RunSmall, contract: Contract, training: dict[str, object]
+        self, run_small: RunSmall, contract: Contract, training: dict[str, object], secure: bool
     ) -> None:
         """Composed here, confirmed by the auditor, and never above the contract's."""
         seen: list[Federation] = []
-        contract = contract.revised(training=training)
+        contract = contract.revised(training=training, aggregation={"secure": secure})
         result = run_small(contract=contract, change=lambda f: seen.append(f) or f)
         for member in seen[0].members:
             charged = [e for e in member.worker.ledger.entries() if e.kind == "charge"]
@@ -170,6 +171,8 @@ class TestBooks:
         privacy = json.loads((result.bundle / "privacy.json").read_text())
         assert privacy["epsilon"] == result.epsilon
         assert privacy["epsilon_towards_server"] == pytest.approx(result.epsilon_server)
+        whole_shares = secure or contract.training.mode == "local"
+        assert (result.epsilon_server == result.epsilon) == whole_shares
 
     def test_rounds_tell_what_was_spent_so_far(self, run_small: RunSmall) -> None:
         """Rising, and evaluated where the contract says."""
@@ -179,28 +182,44 @@ class TestBooks:
         assert spent[-1] < result.epsilon
         assert [record.round for record in result.rounds] == [1, 2, 3]
 
+    @pytest.mark.parametrize("secure", [True, False], ids=["secure", "plain"])
     def test_in_local_mode_the_server_learns_no_more(
-        self, run_small: RunSmall, contract: Contract
+        self, run_small: RunSmall, contract: Contract, secure: bool
     ) -> None:
         """Each message is private by itself."""
-        result = run_small(contract=contract.revised(training={"mode": "local"}))
+        sections = {"training": {"mode": "local"}, "aggregation": {"secure": secure}}
+        result = run_small(contract=contract.revised(**sections))
         assert result.epsilon_server == result.epsilon
 
-    def test_a_merchant_that_misses_a_round_is_told_and_pays_less(
-        self, run_small: RunSmall
+    def test_every_merchant_knows_whose_noise_was_in_a_secure_sum(
+        self, run_small: RunSmall, contract: Contract
     ) -> None:
-        """The result's epsilon is the most of any merchant."""
+        """Its own ledger says for each charge how many merchants the sum held."""
+        seen: list[Federation] = []
+        result = run_small(change=lambda f: seen.append(f) or f)
+        for member in seen[0].members:
+            charged = [e.occasion for e in member.worker.ledger.entries(result.run)]
+            noted = member.worker.ledger.survivors(result.run)
+            assert noted == {(o.stage, o.round, o.attempt): MERCHANTS for o in charged}
+            member.worker.ledger.close()
+
+    @pytest.mark.parametrize(("secure", "cohorts"), [(False, [3, 4, 4]), (True, [3, 3, 3])])
+    def test_a_merchant_that_misses_a_round_is_told_and_pays_less(
+        self, run_small: RunSmall, contract: Contract, secure: bool, cohorts: list[int]
+    ) -> None:
+        """The result's epsilon is the most of any merchant; a session goes on without it."""
         fate = iter(["silent"])
 
         def fault(message: Message) -> str | None:
             lost = message.metadata.dst_node_id == 3
             return next(fate, None) if lost and "update" in message.metadata.message_type else None
 
-        result = run_small(fault=fault)
+        contract = contract.revised(aggregation={"secure": secure})
+        result = run_small(contract=contract, fault=fault)
         spent = {merchant.id: merchant.epsilon for merchant in result.merchants}
         assert spent["merchant-0001"] < result.epsilon == spent["merchant-0000"]
         assert any("merchant-0001: no answer" in note for note in result.notes)
-        assert [record.cohort for record in result.rounds] == [3, 4, 4]
+        assert [record.cohort for record in result.rounds] == cohorts
 
     def test_a_private_model_without_profiles_has_a_result(
         self, run_small: RunSmall, contract: Contract
@@ -266,7 +285,7 @@ class TestAssignments:
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
     def test_a_merchant_that_refused_gets_them_too(
-        self, run_small: RunSmall, dataset: Dataset
+        self, run_small: RunSmall, contract: Contract
     ) -> None:
         """The model is published, and its customers are its own."""
 
@@ -274,7 +293,8 @@ class TestAssignments:
             federation.members[2].worker._accept_unmasked_sums = False
             return federation
 
-        result = run_small("refused", change=refuse)
+        contract = contract.revised(aggregation={"secure": False})
+        result = run_small("refused", contract=contract, change=refuse)
         assert "accept_unmasked_sums" in str(result.merchants[2].refused)
         assert result.merchants[2].epsilon == 0.0
         assert (result.bundle.parent / "merchants/merchant-0002/assignments.csv").is_file()
@@ -284,11 +304,12 @@ class TestFailedRun:
     """A run that ends in an error leaves nothing that looks finished."""
 
     def test_no_bundle_and_no_assignments(self, run_small: RunSmall, tmp_path: Path) -> None:
-        """Only the contract and the ledgers, which are spent."""
+        """Only the contract, the members and the ledgers, which are spent."""
         with pytest.raises(RunError):
             run_small(fault=lambda m: "down" if "evaluate" in m.metadata.message_type else None)
         left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-        assert left <= {"contract.toml", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"}
+        ledgers = {"ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"}
+        assert left <= {"contract.toml", "members.toml", *ledgers}
 
     def test_its_folder_can_be_used_again(self, run_small: RunSmall, tmp_path: Path) -> None:
         """With overwrite, as the message says."""

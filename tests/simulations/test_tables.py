@@ -5,8 +5,16 @@ from dataclasses import replace
 
 from rich.console import Console, RenderableType
 
+from common import statements
 from simulations.result import Comparison, SimulationResult
-from simulations.tables import comparison_table, merchants_table, sizes_table, summary_lines
+from simulations.tables import (
+    comparison_lines,
+    comparison_table,
+    merchants_table,
+    sizes_table,
+    summary_lines,
+)
+from simulations.wording import NOTHING
 
 
 def _printed(renderable: RenderableType, width: int = 140) -> str:
@@ -33,6 +41,18 @@ class TestMerchantsTable:
         """Where nobody refused there is no column for it."""
         result = replace(small_result, merchants=small_result.merchants[:2])
         assert len(merchants_table(result).columns) == 6
+
+    def test_masked_sums_tell_nothing_of_single_messages(
+        self, masked_result: SimulationResult
+    ) -> None:
+        """Neither an epsilon towards the server nor a noisy accuracy has a column."""
+        table = merchants_table(masked_result)
+        headings = [str(column.header) for column in table.columns]
+        assert headings == ["Merchant", "Customers", "Epsilon", "Delta", "Refused because"]
+        text = _printed(table)
+        assert NOTHING not in text
+        assert "towards the server" not in text
+        assert "its own cap of 0.5 would be passed" in text
 
     def test_thousand(self, large_result: SimulationResult) -> None:
         """Of a thousand the ends and ten refusals are shown, and the rest is counted."""
@@ -69,10 +89,36 @@ class TestSummary:
         assert ", not" not in lines[1].plain
 
     def test_masked_is_calm(self, large_result: SimulationResult) -> None:
-        """A masked run has no red line, and its seed is said."""
+        """A masked run has no red line; it says what masking gives, and that it was seeded."""
         lines = summary_lines(large_result)
         assert not [line for line in lines if "red" in str(line.style)]
+        said = statements.sums_statement("distributed", secure=True, merchants=2)
+        assert [str(line.style) for line in lines if line.plain == said] == [""]
+        text = "\n".join(line.plain for line in lines)
+        assert "0.982 towards whoever sees sums, the server included" in text
+        assert "not masked" not in text
         assert any("not for release" in line.plain for line in lines)
+
+    def test_plain_sums_do_not_claim_masks(self, small_result: SimulationResult) -> None:
+        """The epsilon towards the server is a figure of its own."""
+        text = "\n".join(line.plain for line in summary_lines(small_result))
+        assert "1.413 towards the server" in text
+        assert "were masked" not in text
+        assert "included" not in text
+
+    def test_colluders_are_one_line(self, small_result: SimulationResult) -> None:
+        """What was achieved and what colluders leave, rounded up."""
+        found = [line.plain for line in summary_lines(small_result) if "Collud" in line.plain]
+        assert found == [
+            "Colluders epsilon 0.981 by the noise of 2 to 3 merchants a sum, "
+            "1.398 if 1 colludes, unbounded if 2 collude"
+        ]
+
+    def test_own_noise_fears_no_colluders(self, small_result: SimulationResult) -> None:
+        """In mode local colluders leave everything."""
+        contract = small_result.contract.revised(training={"mode": "local"})
+        lines = summary_lines(replace(small_result, contract=contract))
+        assert any("epsilon 0.981 whoever colludes" in line.plain for line in lines)
 
     def test_overspent(self, small_result: SimulationResult) -> None:
         """More than the cap, and accountants that disagree, are red."""
@@ -106,3 +152,13 @@ class TestComparisonTables:
         table = sizes_table(shop_comparison)
         assert [str(column.header) for column in table.columns[1:]] == list(shop_comparison.sizes)
         assert "0.547 ± 0.015" in _printed(table)
+
+    def test_plain_sums_are_red(self, shop_comparison: Comparison) -> None:
+        """And only they are; verdict and notes follow."""
+        calm = comparison_lines(shop_comparison)
+        assert not [line for line in calm if "red" in str(line.style)]
+        assert calm[-1].plain == shop_comparison.notes[-1]
+        lines = comparison_lines(replace(shop_comparison, secure=False))
+        assert lines[0].style == "bold red"
+        assert statements.NOT_MASKED_COMPARED in lines[0].plain
+        assert lines[1:] == calm

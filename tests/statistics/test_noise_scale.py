@@ -9,10 +9,11 @@ import pytest
 from scipy import stats
 
 from clients.release import noisy_sum
-from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step
+from common.fixed_point import STEPS_PER_UNIT, from_lattice, lattice_sensitivity, lattice_step
 from common.noise import NoiseSource
 
 ALARM = 1e-4
+COARSE = 2**11  # steps that a ring of 32 bits leaves for a million customers
 COUNT = 20_000
 
 
@@ -21,7 +22,14 @@ def fits(numbers: np.ndarray, scale: float) -> bool:
     return bool(stats.kstest(numbers / scale, "norm").pvalue > ALARM)
 
 
-def achieved(merchants: int, contributors: int, seed: int = 0) -> np.ndarray:
+def standard(count: int, *labels: str | int) -> np.ndarray:
+    """Return integers of a stream, in standard deviations so fine that they are continuous."""
+    return NoiseSource.seeded(1, *labels).discrete_gaussian(count, 1e9) / 1e9
+
+
+def achieved(
+    merchants: int, contributors: int, seed: int = 0, steps: int = STEPS_PER_UNIT
+) -> np.ndarray:
     """Return the noise, in sensitivities, of a sum of merchants' parts over empty tables."""
     total = np.zeros(COUNT, dtype=np.int64)
     for number in range(merchants):
@@ -31,41 +39,41 @@ def achieved(merchants: int, contributors: int, seed: int = 0) -> np.ndarray:
             noise_multiplier=4.0,
             contributors=contributors,
             noise=NoiseSource.seeded(seed, "m", number),
+            steps=steps,
         )
-    return from_lattice(total, lattice_step(2.5)) / 2.5
+    return from_lattice(total, lattice_step(2.5, steps)) / 2.5
 
 
 class TestStream:
-    """NoiseSource.normal and .chosen."""
+    """NoiseSource.discrete_gaussian and .chosen."""
 
     def test_standard_normal(self) -> None:
         """The scale is one; false-alarm rate 1e-4."""
-        assert fits(NoiseSource.seeded(1, "scale").normal(COUNT), 1.0)
+        assert fits(standard(COUNT, "scale"), 1.0)
 
     @pytest.mark.parametrize("wrong", [2 / 3, 3 / 2])
     def test_wrong_scale_is_seen(self, wrong: float) -> None:
         """The same test refuses two thirds and one and a half; chance to miss below 1e-9."""
-        assert not fits(NoiseSource.seeded(1, "scale").normal(COUNT), wrong)
+        assert not fits(standard(COUNT, "scale"), wrong)
 
     def test_mean(self) -> None:
         """The mean is zero; false-alarm rate 6e-5 (four standard errors)."""
-        assert abs(NoiseSource.seeded(1, "mean").normal(COUNT).mean()) < 4 / COUNT**0.5
+        assert abs(standard(COUNT, "mean").mean()) < 4 / COUNT**0.5
 
     def test_tails(self) -> None:
         """Beyond three deviations lie 0.27 % of a million; false-alarm rate 6e-5."""
-        count = int((np.abs(NoiseSource.seeded(1, "tails").normal(10**6)) > 3).sum())
+        count = int((np.abs(standard(10**6, "tails")) > 3).sum())
         assert abs(count - 2699.8) < 4 * 2699.8**0.5
 
     @pytest.mark.parametrize("other", [("m", 2, 0), ("n", 1, 0), ("m", 1, 1)])
     def test_streams_are_independent(self, other: tuple[str | int, ...]) -> None:
         """Rounds, merchants and attempts are uncorrelated; false-alarm rate 6e-5 each."""
-        one = NoiseSource.seeded(1, "m", 1, 0).normal(COUNT)
-        two = NoiseSource.seeded(1, *other).normal(COUNT)
+        one, two = standard(COUNT, "m", 1, 0), standard(COUNT, *other)
         assert abs(np.corrcoef(one, two)[0, 1]) < 4 / COUNT**0.5
 
     def test_halves_are_independent(self) -> None:
-        """Cosine and sine of a pair are uncorrelated, squares too; false-alarm rate 1.2e-4."""
-        numbers = NoiseSource.seeded(1, "pairs").normal(COUNT)
+        """Halves of a draw are uncorrelated, squares too; false-alarm rate 1.2e-4."""
+        numbers = standard(COUNT, "pairs")
         one, two = numbers[: COUNT // 2], numbers[COUNT // 2 :]
         limit = 4 / (COUNT // 2) ** 0.5
         assert abs(np.corrcoef(one, two)[0, 1]) < limit
@@ -98,6 +106,15 @@ class TestAchieved:
     def test_shares_add_up(self, merchants: int) -> None:
         """M shares make the whole noise, sensitivity included; false-alarm rate 1e-4 each."""
         assert fits(achieved(merchants, merchants), self.SCALE)
+
+    @pytest.mark.parametrize("merchants", [1, 3, 10])
+    def test_shares_add_up_on_a_coarse_lattice(self, merchants: int) -> None:
+        """So do those of a ring of 32 bits; false-alarm rate 1e-4 each."""
+        scale = 4.0 * lattice_sensitivity(1.0, COUNT, COARSE)
+        noise = achieved(merchants, merchants, steps=COARSE)
+        assert fits(noise, scale)
+        for wrong in (2 / 3, 3 / 2):
+            assert not fits(noise, scale * wrong)
 
     @pytest.mark.parametrize("wrong", [2 / 3, 3 / 2])
     def test_wrong_scale_is_seen(self, wrong: float) -> None:

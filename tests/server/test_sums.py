@@ -1,0 +1,403 @@
+"""Sums over a cohort on the in-process grid: sessions, losses, renewal and groups."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients.app import create_app
+from clients.secure_party import SecureParty
+from clients.session_store import MemoryStore
+from common.contract import Contract
+from common.fixed_point import Lattice
+from common.identity import Identity, Members
+from common.plan import CENSUS, UPDATE, lattice_of, plan_of
+from common.wire import (
+    Advertise,
+    Advertised,
+    Confirm,
+    Confirmed,
+    Reveal,
+    Revealed,
+    Share,
+    Shared,
+    SumAnswer,
+    SumRequest,
+    pack,
+    unpack,
+)
+from server.cohort import Cohort
+from server.sums import _RENEWAL_STEPS, MESSAGE_TYPES, LatticeSum, PlainSums, SecureSums
+from simulations.datasets import Dataset
+from simulations.federation import Federation, assemble
+from simulations.grid import FIRST_NODE, InProcessGrid
+
+LENGTH = 7
+SILENCE_S = 0.001
+
+Lost = Callable[[str, int], bool]  # (message type, node's number) -> is the message lost?
+
+
+def names_of(count: int) -> list[str]:
+    """Return merchants' ids in order."""
+    return [f"m{number:02d}" for number in range(count)]
+
+
+def lattice(bits: int = 32) -> Lattice:
+    """Return a lattice."""
+    return Lattice(1.0, bits)
+
+
+@dataclass
+class Bench:
+    """Merchants that mask vectors of the test's choice, and the coordinator's sums over them."""
+
+    contract: Contract
+    count: int
+    bits: int = 32
+    lost: Lost = lambda _kind, _number: False
+    refusing: set[int] = field(default_factory=set)
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    tamper: Callable[[Any, int], Any] = lambda answer, _number: answer
+
+    def __post_init__(self) -> None:
+        identities = [Identity.generate(name) for name in names_of(self.count)]
+        self.members = Members({one.merchant: one.public for one in identities})
+        minimum = self.contract.min_survivors
+        self.parties = [
+            SecureParty(one, self.members, minimum, MemoryStore()) for one in identities
+        ]
+        generator = np.random.default_rng(self.count)
+        dtype = lattice(self.bits).dtype
+        most = np.iinfo(dtype).max
+        self.vectors = generator.integers(0, most, (self.count, LENGTH), dtype=dtype, endpoint=True)
+        grid = InProcessGrid(self.app(), self.count, {}, self.fate)
+        nodes = {number + FIRST_NODE: name for number, name in enumerate(names_of(self.count))}
+        self.cohort = Cohort(grid, SILENCE_S, nodes)
+        self.sums = SecureSums(self.cohort, self.contract, self.members, "run")
+        self.rounds = 0
+
+    def fate(self, message: Message) -> str | None:
+        """Lose what the test wants lost."""
+        kind, number = message.metadata.message_type, message.metadata.dst_node_id - FIRST_NODE
+        self.asked.append((kind, number))
+        return "silent" if self.lost(kind, number) else None
+
+    def app(self) -> ClientApp:
+        """Return an app whose merchants hold one vector each, without ledger and without noise."""
+        app = ClientApp()
+
+        def handler(kind: type[Any], answer: Callable[[int, Any], Any]) -> Any:
+            def handle(message: Message, context: Context) -> Message:
+                number = int(context.node_config["partition-id"])
+                reply = answer(number, unpack(kind, message.content))
+                return Message(pack(self.tamper(reply, number)), reply_to=message)
+
+            return handle
+
+        def name(number: int) -> str:
+            return names_of(self.count)[number]
+
+        def summed(number: int, request: SumRequest) -> SumAnswer:
+            party = self.parties[number]
+            if number in self.refusing:
+                return SumAnswer(name(number), "no more", b"", self.vectors[number][:0])
+            prepared = party.prepare(request)
+            masked, escrow = party.mask(request.session, prepared, self.vectors[number])
+            return SumAnswer(name(number), "", escrow, masked)
+
+        party = self.parties.__getitem__
+        answers: list[tuple[str, type[Any], Callable[[int, Any], Any]]] = [
+            ("advertise", Advertise, lambda n, m: Advertised(name(n), party(n).advertise(m))),
+            ("share", Share, lambda n, m: Shared(name(n), party(n).share(m))),
+            ("census", SumRequest, summed),
+            ("confirm", Confirm, lambda n, m: Confirmed(name(n), party(n).confirm(m))),
+            ("reveal", Reveal, lambda n, m: Revealed(name(n), party(n).reveal(m)[0])),
+        ]
+        for action, kind, answer in answers:
+            app.query(action)(handler(kind, answer))
+        return app
+
+    def ask(self) -> LatticeSum | None:
+        """Ask for one sum."""
+        self.rounds += 1
+        self.asked.clear()
+        request = SumRequest(
+            "run", self.contract.sha256, CENSUS, self.rounds, 0, 0.0, 0, 0, b"", b"", np.zeros(3)
+        )
+        return self.sums.ask(request, LENGTH, lattice(self.bits))
+
+    def check(self, found: LatticeSum | None, numbers: list[int]) -> None:
+        """Check that a sum is that of these merchants, exactly."""
+        assert found is not None
+        assert list(found.merchants) == [names_of(self.count)[number] for number in numbers]
+        signed = lattice(self.bits).from_ring
+        expected = signed(np.sum(self.vectors[numbers], axis=0, dtype=self.vectors.dtype))
+        np.testing.assert_array_equal(found.total, expected)
+        assert found.parts == {}
+
+    @property
+    def set_up_anew(self) -> bool:
+        """Whether the last sum set up a session first."""
+        return any(kind == "query.advertise" for kind, _ in self.asked)
+
+
+class TestSums:
+    """One sum over everybody that is there."""
+
+    @pytest.mark.parametrize("bits", [32, 64])
+    def test_the_total_is_the_plain_sum(self, secure: Contract, bits: int) -> None:
+        """Over the whole ring, sum after sum, in one session."""
+        bench = Bench(secure, 5, bits)
+        for number in range(4):
+            found = bench.ask()
+            bench.check(found, [0, 1, 2, 3, 4])
+            assert found is not None
+            assert found.fewest == 5
+            assert bench.set_up_anew == (number == 0)
+        assert bench.cohort.failures == {}
+
+    @pytest.mark.parametrize("stage", ["advertise", "share", "census"])
+    def test_who_is_lost_before_the_sum_is_not_in_it(self, secure: Contract, stage: str) -> None:
+        """And the reason is kept under its name."""
+        bench = Bench(secure, 5, lost=lambda kind, n: kind == f"query.{stage}" and n == 3)
+        bench.check(bench.ask(), [0, 1, 2, 4])
+        assert bench.cohort.failures == {"m03": "no answer within 0.001 s"}
+
+    @pytest.mark.parametrize("stage", ["confirm", "reveal"])
+    def test_who_is_lost_after_it_is_in_the_sum(self, secure: Contract, stage: str) -> None:
+        """Its vector had come."""
+        bench = Bench(secure, 5, lost=lambda kind, n: kind == f"query.{stage}" and n == 3)
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert not bench.set_up_anew
+
+    @pytest.mark.parametrize("stage", ["advertise", "share", "census", "confirm", "reveal"])
+    def test_too_many_losses_are_no_sum_with_a_reason(self, secure: Contract, stage: str) -> None:
+        """Nothing is raised; once everybody is back, so is the sum."""
+        bench = Bench(secure, 5, lost=lambda kind, n: kind == f"query.{stage}" and n >= 2)
+        assert bench.ask() is None
+        reasons = bench.cohort.reasons()
+        assert "m03: no answer within 0.001 s" in reasons
+        assert any(name.startswith(("secure sum", "session")) for name in bench.cohort.failures)
+        bench.lost = lambda _kind, _number: False
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+
+    def test_who_refuses_is_left_out_for_good(self, secure: Contract) -> None:
+        """It is asked for nothing any more, also not in a session that is set up anew."""
+        bench = Bench(secure, 5, refusing={1})
+        bench.check(bench.ask(), [0, 2, 3, 4])
+        assert bench.cohort.refusals == {"m01": "no more"}
+        for _ in range(_RENEWAL_STEPS + 2):
+            bench.check(bench.ask(), [0, 2, 3, 4])
+            assert all(number != 1 for _, number in bench.asked)
+
+    @pytest.mark.parametrize("kind", [Advertised, Shared, SumAnswer, Confirmed, Revealed])
+    def test_an_answer_in_anothers_name_is_not_counted(
+        self, secure: Contract, kind: type[Any]
+    ) -> None:
+        """In no stage; the failure is noted under the node's own name."""
+
+        def tamper(answer: Any, number: int) -> Any:
+            if number == 2 and isinstance(answer, kind):
+                return kind(**{**vars(answer), "merchant": "m00"})
+            return answer
+
+        bench = Bench(secure, 5, tamper=tamper)
+        found = bench.ask()
+        bench.check(found, [0, 1, 3, 4] if kind in {Advertised, Shared, SumAnswer} else [*range(5)])
+        assert "field 'merchant'" in bench.cohort.failures["m02"]
+
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [
+            (Advertised, "advert"),
+            (Shared, "escrow"),
+            (SumAnswer, "escrow"),
+            (Confirmed, "confirmations"),
+            (Revealed, "shares"),
+        ],
+    )
+    def test_a_malformed_answer_is_as_good_as_none(
+        self, secure: Contract, kind: type[Any], name: str
+    ) -> None:
+        """The others' sum is right."""
+
+        def tamper(answer: Any, number: int) -> Any:
+            if number == 2 and isinstance(answer, kind):
+                return kind(**{**vars(answer), name: getattr(answer, name)[:-1]})
+            return answer
+
+        bench = Bench(secure, 5, tamper=tamper)
+        found = bench.ask()
+        bench.check(found, [0, 1, 3, 4] if kind in {Advertised, Shared, SumAnswer} else [*range(5)])
+        assert "field '" in bench.cohort.failures["m02"]
+
+    def test_false_shares_are_told(self, secure: Contract) -> None:
+        """The sum is right, and the notes say who may have lied."""
+
+        def tamper(answer: Any, number: int) -> Any:
+            if number == 2 and isinstance(answer, Revealed):
+                return Revealed(answer.merchant, bytes(len(answer.shares)))
+            return answer
+
+        bench = Bench(secure, 5, tamper=tamper)
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert set(bench.cohort.failures) == {f"m02 or m0{number}" for number in range(5)}
+
+
+class TestRenewal:
+    """Merchants that fell out come back."""
+
+    def test_who_fell_out_is_back_after_ten_sums(self, secure: Contract) -> None:
+        """Until then the others go on without it, without a new session."""
+        bench = Bench(secure, 5, lost=lambda kind, n: kind == "query.census" and n == 3)
+        bench.check(bench.ask(), [0, 1, 2, 4])
+        bench.lost = lambda _kind, _number: False
+        for _ in range(_RENEWAL_STEPS - 1):
+            bench.check(bench.ask(), [0, 1, 2, 4])
+            assert not bench.set_up_anew
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert bench.set_up_anew
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert not bench.set_up_anew
+
+    def test_a_whole_session_is_never_renewed(self, secure: Contract) -> None:
+        """Nobody is missing, so nothing is gained."""
+        bench = Bench(secure, 5)
+        for number in range(_RENEWAL_STEPS + 3):
+            bench.ask()
+            assert bench.set_up_anew == (number == 0)
+
+    def test_a_session_that_is_too_small_is_renewed_at_once(self, secure: Contract) -> None:
+        """Two losses in a row of five leave three, and four are needed."""
+        gone = {3}
+        bench = Bench(secure, 5, lost=lambda kind, n: kind == "query.census" and n in gone)
+        bench.check(bench.ask(), [0, 1, 2, 4])
+        gone.add(2)
+        assert bench.ask() is None
+        gone.clear()
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert bench.set_up_anew
+
+    def test_a_merchant_that_lost_its_session_is_as_good_as_silent(self, secure: Contract) -> None:
+        """It refuses the step, the others go on, and it is back after renewal."""
+        bench = Bench(secure, 5)
+        bench.ask()
+        bench.parties[2].store.erase()
+        bench.check(bench.ask(), [0, 1, 3, 4])
+        assert "no session under way" in bench.cohort.failures["m02"]
+        for _ in range(_RENEWAL_STEPS - 2):
+            bench.check(bench.ask(), [0, 1, 3, 4])
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+
+
+@pytest.fixture
+def at_most_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no secure sum have more than four merchants."""
+    for module in ("common.contract", "common.session", "server.sums"):
+        monkeypatch.setattr(f"{module}.MAX_COHORT", 4)
+
+
+@pytest.mark.usefixtures("at_most_four")
+class TestGroups:
+    """More merchants than one secure sum can have."""
+
+    def test_the_total_is_that_of_all_groups(self, secure: Contract) -> None:
+        """Eight merchants are two groups of four."""
+        bench = Bench(secure, 8)
+        for _ in range(3):
+            found = bench.ask()
+            assert found is not None
+            assert found.fewest == 4
+            assert list(found.merchants) == names_of(8)
+            signed = lattice().from_ring
+            parts = [np.sum(bench.vectors[start::2], axis=0, dtype=np.uint32) for start in (0, 1)]
+            np.testing.assert_array_equal(found.total, signed(parts[0]) + signed(parts[1]))
+        assert [group.nodes for group in bench.sums._groups] == [[2, 4, 6, 8], [3, 5, 7, 9]]
+
+    def test_a_merchant_that_is_left_over_is_told(self, secure: Contract) -> None:
+        """Five do not divide into groups of three or four."""
+        bench = Bench(secure, 5)
+        found = bench.ask()
+        assert found is not None
+        assert list(found.merchants) == names_of(4)
+        assert bench.cohort.failures == {"m04": "left over when merchants were divided into groups"}
+
+    def test_losses_in_one_group_leave_the_other(self, secure: Contract) -> None:
+        """The sum is that of the group that could be unmasked; the next one has both again."""
+        gone = {0, 2}
+        bench = Bench(secure, 8, lost=lambda kind, n: kind == "query.census" and n in gone)
+        bench.check(bench.ask(), [1, 3, 5, 7])
+        gone.clear()
+        found = bench.ask()
+        assert found is not None
+        assert list(found.merchants) == names_of(8)
+
+    def test_one_loss_in_each_group_is_survived(self, secure: Contract) -> None:
+        """Three of four are enough in each."""
+        bench = Bench(secure, 8, lost=lambda kind, n: kind == "query.census" and n in {4, 5})
+        found = bench.ask()
+        assert found is not None
+        assert found.fewest == 3
+        assert list(found.merchants) == [f"m0{number}" for number in (0, 1, 2, 3, 6, 7)]
+
+
+class TestBothWays:
+    """Masked and plain sums are the same, with real workers."""
+
+    @staticmethod
+    def asked(federation: Federation) -> list[LatticeSum | None]:
+        """Ask a federation's workers for a census and two updates."""
+        contract, members = federation.contract, federation.members
+        app = create_app(lambda context: members[int(context.node_config["partition-id"])].worker)
+        grid = InProcessGrid(app, len(members), {})
+        nodes = {number + FIRST_NODE: one.merchant for number, one in enumerate(members)}
+        cohort, plan = Cohort(grid, SILENCE_S, nodes), plan_of(contract)
+        ask = PlainSums(cohort, contract).ask
+        if contract.aggregation.secure:
+            ask = SecureSums(cohort, contract, federation.enrolled, "run").ask
+        found = []
+        for stage, number, release in (
+            (CENSUS, 0, plan.census),
+            (UPDATE, 1, plan.update),
+            (UPDATE, 2, plan.update),
+        ):
+            model = np.full(plan.update.length, 0.01 * number)
+            request = SumRequest(
+                "run", contract.sha256, stage, number, 0, 40.0, 0, 0, b"", b"", model
+            )
+            found.append(ask(request, release.length, lattice_of(release, contract)))
+        assert not cohort.failures
+        assert not cohort.refusals
+        return found
+
+    @pytest.mark.parametrize("bits", [32, 64])
+    def test_masks_change_no_bit_of_a_sum(
+        self, dataset: Dataset, secure: Contract, plain: Contract, tmp_path: Path, bits: int
+    ) -> None:
+        """The same seed gives the same multiples of the lattice step, masked or not."""
+        totals = []
+        for contract in (secure, plain):
+            agreed = contract.revised(aggregation={"ring_bits": bits})
+            federation = assemble(dataset, agreed, tmp_path / str(len(totals)), 7)
+            totals.append(self.asked(federation))
+            for member in federation.members:
+                member.worker.ledger.close()
+        for masked, bare in zip(*totals, strict=True):
+            assert masked is not None
+            assert bare is not None
+            assert masked.merchants == bare.merchants
+            np.testing.assert_array_equal(masked.total, bare.total)
+            assert len(bare.parts) == 5
+            assert masked.parts == {}
+
+
+def test_every_stage_has_its_message_type() -> None:
+    """And no two have the same."""
+    assert len(set(MESSAGE_TYPES.values())) == len(MESSAGE_TYPES) == 4
