@@ -34,6 +34,7 @@ from common.session import (
     Advert,
     Escrow,
     Roster,
+    accusation,
     commitment,
     direction,
     from_bitmap,
@@ -118,10 +119,16 @@ class Prepared:
     """A step that was checked and is not begun."""
 
     label: Label
+    roster_hash: bytes  # of the session that it was checked in
     step: int
     context: bytes
     active: frozenset[int]
     shares: dict[int, bytes]
+
+    @property
+    def name(self) -> str:
+        """Return a name that no other step of any session has."""
+        return f"{self.roster_hash.hex()}/{self.step}"
 
 
 class MerchantSession:
@@ -285,16 +292,17 @@ class MerchantSession:
         for other, box in zip(others, parts(boxes, BOX_BYTES, len(others), "boxes"), strict=True):
             shares[other] = self._opened(other, step, box)
         context = step_context(state.roster_hash, step, occasion, asked)
-        return Prepared(label, step, context, asked, shares)
+        return Prepared(label, state.roster_hash, step, context, asked, shares)
 
     def _opened(self, other: int, step: int, box: bytes) -> bytes:
         cipher = ChaCha20Poly1305(self.state.pairs[other].box_in)
         try:
             return cipher.decrypt(step.to_bytes(12, "big"), box, self.state.roster_hash)
         except InvalidTag:
-            raise SecureSumError(
-                f"field 'boxes': the box of '{self.state.names[other]}' for step {step} is not "
-                "authentic"
+            raise accusation(
+                "boxes",
+                self.state.names[other],
+                f"left a box for step {step} that is not authentic",
             ) from None
 
     def _check_members(self, chosen: frozenset[int], allowed: frozenset[int], name: str) -> None:
@@ -315,16 +323,19 @@ class MerchantSession:
         """Mask a vector of ring integers, once, and deal the next step's shares.
 
         Args:
-            prepared: From `prepare`, with no other step begun since.
+            prepared: From `prepare` of this very session, with no other step begun since.
             vector: uint32 or uint64 [P]; it is not changed.
 
         Returns:
             The masked vector and the escrow of the next step.
 
         Raises:
-            SecureSumError: The step was begun before.
+            SecureSumError: The step was begun before, or the session is another one by now.
         """
         state = self.state
+        if prepared.roster_hash != state.roster_hash:
+            # the coordinator may set up a session anew while a vector is computed
+            raise SecureSumError("field 'session': another session was set up meanwhile")
         if prepared.step != state.next_step:
             raise SecureSumError(f"field 'step': step {prepared.step} was begun before")
         plus: list[bytes] = [mask_key(state.next_self, prepared.context)]
@@ -391,9 +402,11 @@ class MerchantSession:
         for other, code in zip(others, cut, strict=True):
             expected = _confirmation(state.pairs[other].confirm_in, statement)
             if not hmac.compare_digest(code, expected):
-                raise SecureSumError(
-                    f"field 'confirmations': '{state.names[other]}' did not confirm this step's "
-                    "set of survivors; the coordinator may have shown it another"
+                raise accusation(
+                    "confirmations",
+                    state.names[other],
+                    "did not confirm this step's set of survivors; the coordinator may have shown "
+                    "it another",
                 )
         needed = threshold(len(state.names))
         if len(others) + 1 < needed:

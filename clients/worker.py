@@ -213,6 +213,7 @@ class Worker:
                 release.event,
                 release.towards_server(self.contract.exposed_contributors),
                 self._run_limit,
+                "" if prepared is None else prepared.name,
             )
         except SecureSumError:
             raise

@@ -8,6 +8,7 @@ secure sum who is not in it, whatever the coordinator says.
 import os
 import re
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,13 @@ def write_identity(identity: Identity, path: Path) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(identity.key.private_bytes_raw().hex() + "\n")
+            file.flush()
+            os.fsync(handle)
     except FileExistsError:
         raise IdentityError(f"{path}: there is a key already; it is not overwritten") from None
     except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # half a key would be in the way of the next attempt
         raise IdentityError(f"{path}: cannot be written ({error.strerror})") from None
 
 
@@ -135,7 +140,7 @@ def read_members(path: Path) -> Members:
         raise IdentityError(
             f"{path}: there is no list of members; secure sums need the enrolled public keys"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IdentityError(f"{path}: cannot be read as TOML ({error})") from None
     listed = document.get("members")
     if set(document) != {"members"} or not isinstance(listed, dict):

@@ -46,6 +46,14 @@ CREATE TABLE IF NOT EXISTS secure_sum (
     survivors INTEGER NOT NULL,
     PRIMARY KEY (run, stage, round, attempt)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS secure_step (step TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS step_no_update BEFORE UPDATE ON secure_step
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS step_no_delete BEFORE DELETE ON secure_step
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS step_no_replace BEFORE INSERT ON secure_step
+    WHEN EXISTS (SELECT 1 FROM secure_step WHERE step = NEW.step)
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS sum_no_update BEFORE UPDATE ON secure_sum
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS sum_no_delete BEFORE DELETE ON secure_sum
@@ -134,6 +142,7 @@ class Ledger:
         event: Event,
         towards_server: Event,
         run_limit: Budget | None = None,
+        step: str = "",
     ) -> None:
         """Pay for one release, before it is computed.
 
@@ -142,11 +151,13 @@ class Ledger:
             event: The release towards whoever sees sums.
             towards_server: The release towards whoever sees this merchant's single message.
             run_limit: What the contract allows for the whole run, if that is to be held.
+            step: Names the step of a secure sum that the release is masked in; never charged
+                twice, so that a session's file put back from a copy masks nothing again.
 
         Raises:
             BudgetRefusal: The merchant's cap or the run's limit would be passed; the refusal is
                 written down.
-            ReplayRefusal: The occasion was charged before.
+            ReplayRefusal: The occasion or the step was charged before.
             LedgerError: The file cannot be written.
         """
         with self._transaction() as connection:
@@ -167,6 +178,8 @@ class Ledger:
                     f"{occasion.stage} of round {occasion.round}, attempt {occasion.attempt}, was "
                     "released before in this run; a second release needs an attempt of its own"
                 ) from None
+            if step and not reason:
+                self._append_step(connection, step)
         if reason:
             raise BudgetRefusal(f"{occasion.stage} of round {occasion.round} {reason}")
 
@@ -301,6 +314,15 @@ class Ledger:
                 reason,
             ),
         )
+
+    @staticmethod
+    def _append_step(connection: sqlite3.Connection, step: str) -> None:
+        try:
+            connection.execute("INSERT INTO secure_step VALUES (?)", (step,))
+        except sqlite3.IntegrityError:
+            raise ReplayRefusal(
+                "this step of the secure sum was taken before; was the session's file put back?"
+            ) from None
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=_PATIENCE_S)

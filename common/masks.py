@@ -39,8 +39,12 @@ def extract(salt: bytes, secret: bytes) -> bytes:
 
 
 def expand(key: bytes, info: bytes) -> bytes:
-    """Return 32 bytes for one purpose (HKDF-Expand, one block)."""
-    return hmac.digest(key, info + b"\x01", hashlib.sha256)
+    """Return 32 bytes for one purpose (HKDF-Expand, one block).
+
+    Raises:
+        ValueError: The key does not have 32 bytes; an empty one would be known to all.
+    """
+    return hmac.digest(_checked(key), info + b"\x01", hashlib.sha256)
 
 
 def stream_bytes(key: bytes, count: int) -> bytes:
@@ -81,6 +85,12 @@ def _add_streams(values: np.ndarray, streams: list[tuple[CipherContext, np.ufunc
         for stream, operation in streams:
             stream.update_into(zeros, raw)
             operation(part, mask, out=part)
+
+
+def _checked(key: bytes) -> bytes:
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
+    return key
 
 
 def _stream(key: bytes) -> CipherContext:

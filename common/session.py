@@ -166,6 +166,21 @@ class Escrow:
         return self.boxes[BOX_BYTES * position : BOX_BYTES * (position + 1)]
 
 
+def accusation(field: str, merchant: str, what: str) -> SecureSumError:
+    """Return the refusal of something that another member sent; see `accused`."""
+    return SecureSumError(f"field '{field}': '{merchant}' {what}")
+
+
+def accused(refusal: str) -> str | None:
+    """Return the member that a refusal accuses, whatever Flower wrote around it.
+
+    >>> accused(str(accusation("boxes", "shop", "left a box that is not authentic")))
+    'shop'
+    """
+    found = re.search(r"field '(?:boxes|confirmations)': '([^']{1,64})'", refusal)
+    return found[1] if found else None
+
+
 def step_context(roster_hash: bytes, step: int, occasion: bytes, active: frozenset[int]) -> bytes:
     """Return the hash that masks and confirmations of a step depend on.
 

@@ -75,7 +75,9 @@ def weights(points: tuple[int, ...]) -> Int[np.ndarray, "T"]:
     for other in points:
         factor = np.where(x == other, 1, other * _inverses()[(other - x) % PRIME])
         result = np.remainder(result * factor, PRIME)
-    return np.asarray(result)
+    result = np.asarray(result)
+    result.setflags(write=False)  # it is kept for other callers
+    return result
 
 
 @lru_cache(maxsize=1)

@@ -183,7 +183,7 @@ def unpack(kind: type[M], content: RecordDict) -> M:
 def _config(content: RecordDict, expected: str) -> dict[str, Any]:
     record = content.get(_CONFIG)
     if not isinstance(record, ConfigRecord):
-        raise WireError(f"the message has no '{_CONFIG}' record; is the sender Hansa?")
+        raise WireError(f"field '{_CONFIG}': the message has no such record; is the sender Hansa?")
     config = dict(record)
     if config.get("protocol") != PROTOCOL:
         raise WireError(

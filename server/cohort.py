@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
+from common.session import accused
 from server.stages import run_stage
 
 _MOST_REASONS = 5
@@ -20,12 +21,15 @@ class Cohort:
     members: dict[int, str] = field(default_factory=dict)  # node -> merchant
     refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
     failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
+    accusers: dict[str, set[str]] = field(default_factory=dict)  # merchant -> who accuses it
 
     def ask(self, message_type: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
         """Send each node its message and return the answers; note errors and silence."""
         result = run_stage(self.grid, message_type, contents, self.timeout_s)
         for node, reason in result.errors.items():
             self.failures[self.name(node)] = reason
+            if name := accused(reason):
+                self.accusers.setdefault(name, set()).add(self.name(node))
         for node in result.silent:
             self.failures[self.name(node)] = f"no answer within {self.timeout_s:g} s"
         return dict(sorted(result.contents.items()))

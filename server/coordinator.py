@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from common.accounting import epsilon
 from common.contract import Contract
-from common.errors import RunError, WireError
+from common.errors import RunError, SecureSumError, WireError
 from common.events import Event
 from common.fixed_point import Lattice, from_lattice, lattice_sensitivity
 from common.identity import Members
@@ -238,7 +238,11 @@ class Coordinator:
                 b"",
                 parameters,
             )
-            found = self._ask(request, release.length, lattice)
+            try:
+                found = self._ask(request, release.length, lattice)
+            except SecureSumError as error:
+                self._cohort.failures[f"{stage} of round {number}"] = str(error)
+                continue
             self._outcome.events.append((stage, release.event))
             self._outcome.survivors.append(None if found is None else found.fewest)
             if found is not None:

@@ -6,10 +6,11 @@ vector could be unmasked with. See `docs/secure-aggregation.md`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from common.errors import SecureSumError
 from common.identity import Members
@@ -42,6 +43,7 @@ class _Step:
     escrows: dict[int, Escrow]  # what the active members left for this step
     total: np.ndarray
     survivors: list[int] = field(default_factory=list)
+    closed: bool = False  # the survivors are fixed
     confirmations: dict[int, dict[int, bytes]] = field(default_factory=dict)  # from -> to -> code
     shares: dict[int, dict[int, bytes]] = field(default_factory=dict)  # holder -> dealer -> share
 
@@ -65,6 +67,7 @@ class CoordinatorSession:
         self._escrows: dict[int, Escrow] = {}  # for the step to come
         self._step: _Step | None = None
         self._next = 1
+        self._trial = X25519PrivateKey.generate()
         self.blamed: dict[str, str] = {}  # merchant -> what it did
 
     def take_advert(self, raw: bytes, merchant: str) -> str:
@@ -80,9 +83,33 @@ class CoordinatorSession:
             advert.merchant, advert.signed(self._context), advert.signature
         ):
             raise SecureSumError(f"field 'advert': '{advert.merchant}' is not enrolled with it")
+        self._check_keys(advert)
         if self._adverts.setdefault(advert.merchant, advert) != advert:
             raise SecureSumError(f"field 'advert': '{advert.merchant}' gave another one before")
         return advert.merchant
+
+    def _check_keys(self, advert: Advert) -> None:
+        """Refuse keys for which every other member would refuse the roster."""
+        taken = {
+            key
+            for other in self._adverts.values()
+            if other.merchant != advert.merchant
+            for key in (other.transport, other.masking)
+        }
+        keys = (advert.transport, advert.masking)
+        if len({*keys}) != len(keys) or taken & {*keys}:
+            raise SecureSumError("field 'advert': a key that is there already")
+        for key in keys:
+            try:
+                self._trial.exchange(X25519PublicKey.from_public_bytes(key))
+            except ValueError:
+                raise SecureSumError("field 'advert': a key that gives no secret") from None
+
+    def put_out(self, merchant: str) -> None:
+        """Go on without a member that others accuse."""
+        for position, advert in enumerate(self.roster.adverts):
+            if advert.merchant == merchant:
+                self._escrows.pop(position, None)
 
     def close_roster(self) -> list[bytes]:
         """Fix the roster and return its adverts in order.
@@ -181,8 +208,8 @@ class CoordinatorSession:
             SecureSumError: Wrong type, length or escrow, not asked, or taken before.
         """
         step = self._current
-        if position not in step.active or position in step.survivors:
-            raise SecureSumError("field 'vector': was not asked for, or is there already")
+        if position not in step.active or position in step.survivors or step.closed:
+            raise SecureSumError("field 'vector': was not asked for, is there already, or is late")
         if vector.dtype != step.total.dtype or vector.shape != step.total.shape:
             raise SecureSumError(
                 f"field 'vector': expected {len(step.total)} numbers of type {step.total.dtype}"
@@ -199,6 +226,7 @@ class CoordinatorSession:
         """
         step = self._current
         step.survivors.sort()
+        step.closed = True
         if len(step.survivors) < self.needed:
             raise SecureSumError(
                 f"{len(step.survivors)} masked vectors came, {self.needed} are needed"
@@ -208,23 +236,34 @@ class CoordinatorSession:
     def take_confirmations(self, position: int, raw: bytes) -> None:
         """Take a survivor's confirmations for the others; raises `SecureSumError` if malformed."""
         step = self._current
+        if position not in step.survivors or not step.closed:
+            raise SecureSumError("field 'confirmations': were not asked for")
         others = [other for other in step.survivors if other != position]
         codes = parts(raw, CONFIRMATION_BYTES, len(others), "confirmations")
         step.confirmations[position] = dict(zip(others, codes, strict=True))
 
-    def confirmations_for(self, position: int) -> tuple[bytes, bytes]:
+    def confirmations_for(
+        self, position: int, without: Collection[str] = ()
+    ) -> tuple[bytes, bytes]:
         """Return the bitmap of survivors that confirmed and their confirmations for a member.
+
+        Args:
+            position: The member.
+            without: Members whose confirmations it found to be wrong.
 
         Raises:
             SecureSumError: Fewer than the threshold confirmed.
         """
-        confirmed, sent = self.confirmed, self._current.confirmations
+        sent, adverts = self._current.confirmations, self.roster.adverts
+        confirmed = [i for i in self.confirmed if adverts[i].merchant not in without]
         codes = [sent[other][position] for other in confirmed if other != position]
         return to_bitmap(confirmed, self.roster.size), b"".join(codes)
 
     def take_shares(self, position: int, raw: bytes) -> None:
         """Take the shares that a member reveals; raises `SecureSumError` if malformed."""
         step = self._current
+        if position not in step.confirmations:
+            raise SecureSumError("field 'shares': were not asked for")
         cut = parts(raw, SECRET_BYTES, len(step.active), "shares")
         step.shares[position] = dict(zip(step.active, cut, strict=True))
 
@@ -307,6 +346,8 @@ class CoordinatorSession:
             promised = step.escrows[other].marks[MARK_BYTES * absent : MARK_BYTES * (absent + 1)]
             if mark(keys[other]) != promised:
                 names = self.roster.names([absent, other])
+                self.blamed[names] = "left different keys of their pair"
+                self._escrows.pop(other, None)  # one of them lied, and the other one is out
                 raise SecureSumError(f"field 'row': {names} left different keys of their pair")
         return {other: keys[other] for other in step.survivors}
 

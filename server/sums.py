@@ -105,9 +105,15 @@ class SecureSums:
         self._run = run
         self._sessions = 0
         self._groups: list[_Group] = []
+        self._left_over = 0  # merchants that no group has room for
+        self._liars: set[str] = set()  # merchants that a third of their group or more accuse
 
     def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
-        """Return the sum over all groups that could be unmasked; None where there is none."""
+        """Return the sum over all groups that could be unmasked; None where there is none.
+
+        Raises:
+            SecureSumError: Nobody could be asked; nothing is spent.
+        """
         if self._stale():
             self._set_up()
         occasion = occasion_hash(
@@ -120,6 +126,8 @@ class SecureSums:
         under_way = [
             group for group in self._groups if self._begun(group, occasion, length, lattice)
         ]
+        if not under_way:
+            raise SecureSumError("too few merchants are in a session; nobody was asked")
         self._collect(under_way, request, length, lattice)
         under_way = self._confirm(under_way)
         return self._unmasked(self._reveal(under_way), lattice)
@@ -133,12 +141,12 @@ class SecureSums:
             count < group.session.needed for count, group in zip(ready, self._groups, strict=True)
         ):
             return True
-        missing = len(self._cohort.members) - sum(ready)
+        missing = len(self._present()) - sum(ready) - self._left_over
         return missing > 0 and min(group.steps for group in self._groups) >= _RENEWAL_STEPS
 
     def _set_up(self) -> None:
         """Set up a session for every group of merchants that are there."""
-        nodes = {merchant: node for node, merchant in self._cohort.members.items()}
+        nodes = self._present()
         divided = groups(nodes, MAX_COHORT, self._contract.min_survivors)
         self._groups = []
         for names in divided:
@@ -147,8 +155,22 @@ class SecureSums:
             if group is not None:
                 self._groups.append(group)
         rest = nodes.keys() - {name for names in divided for name in names}
+        self._left_over = len(rest)
         for name in rest:
             self._cohort.failures[name] = "left over when merchants were divided into groups"
+
+    def _present(self) -> dict[str, int]:
+        """Return merchant -> node of all that take part and were not found to lie."""
+        members = self._cohort.members.items()
+        return {merchant: node for node, merchant in members if merchant not in self._liars}
+
+    def _put_out_liars(self, group: _Group) -> None:
+        """Go on without a member that a third of its group or more accuse: not all of them lie."""
+        names = {advert.merchant for advert in group.session.roster.adverts}
+        for name in names & self._cohort.accusers.keys():
+            if len(self._cohort.accusers[name] & names) > (len(names) - 1) // 3:
+                self._liars.add(name)
+                group.session.put_out(name)
 
     def _advertised(self, number: int, nodes: list[int]) -> _Group | None:
         """Collect keys, show them to everybody, and collect the first shares."""
@@ -213,6 +235,8 @@ class SecureSums:
                 group.session.take_masked(position, answer.vector, answer.escrow)
             except WireError as error:
                 self._cohort.failures[self._cohort.name(node)] = str(error)
+        for group in under_way:
+            self._put_out_liars(group)
 
     def _confirm(self, under_way: list[_Group]) -> list[_Group]:
         """Let survivors vouch for the set of survivors; return the groups that go on."""
@@ -236,7 +260,8 @@ class SecureSums:
 
     def _reveal(self, under_way: list[_Group]) -> list[_Group]:
         """Hand round the confirmations and collect shares; return the groups that go on."""
-        contents, going = {}, []
+        asked: dict[int, tuple[_Group, int]] = {}
+        going = []
         for group in under_way:
             try:
                 confirmed = group.session.confirmed
@@ -244,19 +269,39 @@ class SecureSums:
                 self._note(group, error)
                 continue
             going.append(group)
-            for position in confirmed:
-                message = Reveal(
-                    group.number, group.session.step, *group.session.confirmations_for(position)
-                )
-                contents[group.nodes[position]] = pack(message)
-        places = self._places(going)
+            asked |= {group.nodes[position]: (group, position) for position in confirmed}
+        places = dict(asked)
 
         def revealed(node: int, answer: Revealed) -> None:
             group, position = places[node]
             group.session.take_shares(position, answer.shares)
 
-        self._stage("query.reveal", contents, Revealed, revealed)
+        wrong: dict[int, set[str]] = {node: set() for node in asked}
+        for node, known in wrong.items():
+            self._accuses(node, known)
+        while asked:  # who finds a confirmation wrong is asked again without it
+            contents = {
+                node: pack(
+                    Reveal(
+                        group.number,
+                        group.session.step,
+                        *group.session.confirmations_for(position, wrong[node]),
+                    )
+                )
+                for node, (group, position) in asked.items()
+            }
+            self._stage("query.reveal", contents, Revealed, revealed)
+            asked = {node: asked[node] for node in asked if self._accuses(node, wrong[node])}
+        for group in going:
+            self._put_out_liars(group)
         return going
+
+    def _accuses(self, node: int, known: set[str]) -> bool:
+        """Tell whether a merchant accuses somebody that it did not accuse before; note whom."""
+        name = self._cohort.name(node)
+        new = {liar for liar, accusers in self._cohort.accusers.items() if name in accusers} - known
+        known |= new
+        return bool(new)
 
     def _unmasked(self, under_way: list[_Group], lattice: Lattice) -> LatticeSum | None:
         totals: list[UInt[np.ndarray, " P"]] = []
@@ -264,6 +309,7 @@ class SecureSums:
         merchants: list[str] = []
         for group in under_way:
             survivors = group.session.survivors
+            counts.append(len(survivors))  # of a group that fails, too: its members counted on it
             try:
                 totals.append(group.session.total())
             except SecureSumError as error:
@@ -271,7 +317,6 @@ class SecureSums:
                 continue
             finally:
                 self._cohort.failures.update(group.session.blamed)
-            counts.append(len(survivors))
             merchants += [group.session.roster.adverts[i].merchant for i in survivors]
         if not totals:
             return None
