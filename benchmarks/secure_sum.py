@@ -179,7 +179,7 @@ class _Party:
         return Advertised(self._merchant, self._secure.advertise(message))
 
     def share(self, message: Share) -> Shared:
-        return Shared(self._merchant, self._secure.share(message))
+        return Shared(self._merchant, self._secure.share(message)[0])
 
     def answer(self, request: SumRequest) -> SumAnswer:
         if not request.session:

@@ -44,10 +44,10 @@ class SecureParty:
             self.store.save(session.state)
         return session.advert
 
-    def share(self, message: Share) -> bytes:
-        """Join the roster and deal the first step's shares."""
+    def share(self, message: Share) -> tuple[bytes, str]:
+        """Join the roster and deal the first step's shares; return them with the roster's name."""
         with self._session(message.session) as session:
-            return session.share(message.roster)
+            return session.share(message.roster), session.state.roster_hash.hex()
 
     def prepare(self, request: SumRequest) -> Prepared:
         """Check what a request brings for its step; nothing changes."""

@@ -174,7 +174,12 @@ class Worker:
 
     def share(self, message: Share) -> Shared:
         """Join a session; raises `SecureSumError` where its roster is not to be trusted."""
-        return Shared(self.merchant, self._party.share(message))
+        escrow, roster = self._party.share(message)
+        try:
+            self.ledger.take_step(f"{roster}/0")
+        except ReplayRefusal as refusal:
+            raise SecureSumError(f"field 'roster': {refusal}") from None
+        return Shared(self.merchant, escrow)
 
     def confirm(self, message: Confirm) -> Confirmed:
         """Vouch for who is in a sum; raises `SecureSumError` where that would be unsafe."""

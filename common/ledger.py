@@ -230,6 +230,16 @@ class Ledger:
             for row in rows
         ]
 
+    def take_step(self, step: str) -> None:
+        """Write down that a step of a secure sum was taken, where it is charged nothing.
+
+        Raises:
+            ReplayRefusal: It was taken before.
+            LedgerError: The file cannot be written.
+        """
+        with self._transaction() as connection:
+            self._append_step(connection, step)
+
     def note_sum(self, run: str, stage: str, number: int, attempt: int, survivors: int) -> None:
         """Write down how many merchants' noise is in a secure sum that this one helped unmask.
 

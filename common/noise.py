@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 
 from common.discrete_gaussian import choose_plan, samples
 
@@ -37,17 +37,6 @@ class NoiseSource:
         """Return a repeatable, hence guessable, stream; `labels` keep streams apart."""
         text = "\x00".join(["hansa seeded noise", str(seed), *map(str, labels)])
         return cls(hashlib.sha256(text.encode()).digest())
-
-    def normal(self, count: int) -> Float[np.ndarray, " count"]:
-        """Return standard normal numbers (Box-Muller on 64-bit uniforms).
-
-        The largest magnitude is 9.42; a true normal exceeds it with chance 4.6e-21 a number.
-        """
-        pairs = (count + 1) // 2
-        words = self._words(2 * pairs)
-        radius = np.sqrt(-2.0 * np.log((words[:pairs].astype(np.float64) + 1.0) * 2.0**-64))
-        angle = (words[pairs:] >> np.uint64(11)).astype(np.float64) * (2.0 * np.pi * 2.0**-53)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
     def discrete_gaussian(self, count: int, stddev: float) -> Int64[np.ndarray, " count"]:
         """Return integers k with probability proportional to exp(-k^2 / (2 stddev^2)).

@@ -58,7 +58,8 @@ def combine(points: tuple[int, ...], shares: UInt16[np.ndarray, "T E"]) -> UInt1
     Raises:
         SecureSumError: A point is out of range or given twice.
     """
-    return _product(weights(points).astype(np.float64)[None, :], shares.astype(np.float64))[0]
+    row = weights(points).astype(np.float64)[None, :]
+    return _product(row, shares.astype(np.float64)).reshape(-1)
 
 
 @lru_cache(maxsize=256)

@@ -28,7 +28,8 @@ class Cohort:
         result = run_stage(self.grid, message_type, contents, self.timeout_s)
         for node, reason in result.errors.items():
             self.failures[self.name(node)] = reason
-            if name := accused(reason):
+            name = accused(reason)
+            if name is not None and name in self.members.values() and name != self.name(node):
                 self.accusers.setdefault(name, set()).add(self.name(node))
         for node in result.silent:
             self.failures[self.name(node)] = f"no answer within {self.timeout_s:g} s"

@@ -71,6 +71,7 @@ class Outcome:
     refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
     failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
     events: list[tuple[str, Event]] = field(default_factory=list)  # (stage, event) asked for
+    occasions: list[tuple[str, int, int]] = field(default_factory=list)  # stage, round, attempt
     # merchants in the smallest part that was summed apart, event by event; None: none came of it
     survivors: list[int | None] = field(default_factory=list)
     merchants: list[str] = field(default_factory=list)
@@ -244,6 +245,7 @@ class Coordinator:
                 self._cohort.failures[f"{stage} of round {number}"] = str(error)
                 continue
             self._outcome.events.append((stage, release.event))
+            self._outcome.occasions.append((stage, number, attempt))
             self._outcome.survivors.append(None if found is None else found.fewest)
             if found is not None:
                 return self._decoded(release, number, found, lattice)

@@ -69,6 +69,7 @@ class CoordinatorSession:
         self._next = 1
         self._trial = X25519PrivateKey.generate()
         self.blamed: dict[str, str] = {}  # merchant -> what it did
+        self.conflicts: list[tuple[int, int]] = []  # members of whom one lied about their pair
 
     def take_advert(self, raw: bytes, merchant: str) -> str:
         """Take a merchant's advert and return the merchant's id.
@@ -347,7 +348,7 @@ class CoordinatorSession:
             if mark(keys[other]) != promised:
                 names = self.roster.names([absent, other])
                 self.blamed[names] = "left different keys of their pair"
-                self._escrows.pop(other, None)  # one of them lied, and the other one is out
+                self.conflicts.append((absent, other))
                 raise SecureSumError(f"field 'row': {names} left different keys of their pair")
         return {other: keys[other] for other in step.survivors}
 

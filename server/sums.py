@@ -297,11 +297,25 @@ class SecureSums:
         return going
 
     def _accuses(self, node: int, known: set[str]) -> bool:
-        """Tell whether a merchant accuses somebody that it did not accuse before; note whom."""
-        name = self._cohort.name(node)
-        new = {liar for liar, accusers in self._cohort.accusers.items() if name in accusers} - known
+        """Tell whether a merchant accuses a member that it did not accuse before; note whom.
+
+        It is heard as long as it accuses no more than the third that may lie.
+        """
+        name, members = self._cohort.name(node), set(self._cohort.members.values())
+        accusers = self._cohort.accusers
+        new = {liar for liar in accusers.keys() & members if name in accusers[liar]} - known
         known |= new
-        return bool(new)
+        return bool(new) and len(known) <= (len(members) - 1) // 3
+
+    def _note_conflicts(self, group: _Group) -> None:
+        """Count two members that left different keys of their pair as accusing each other."""
+        adverts = group.session.roster.adverts
+        for one, other in group.session.conflicts:
+            names = adverts[one].merchant, adverts[other].merchant
+            self._cohort.accusers.setdefault(names[0], set()).add(names[1])
+            self._cohort.accusers.setdefault(names[1], set()).add(names[0])
+        group.session.conflicts.clear()
+        self._put_out_liars(group)
 
     def _unmasked(self, under_way: list[_Group], lattice: Lattice) -> LatticeSum | None:
         totals: list[UInt[np.ndarray, " P"]] = []
@@ -317,6 +331,7 @@ class SecureSums:
                 continue
             finally:
                 self._cohort.failures.update(group.session.blamed)
+                self._note_conflicts(group)
             merchants += [group.session.roster.adverts[i].merchant for i in survivors]
         if not totals:
             return None

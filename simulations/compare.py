@@ -228,8 +228,14 @@ def train_centrally(
     plan, clip_norm = plan_of(contract), contract.privacy.clip_norm if private else _NO_CLIPPING
     customers = float(len(y))
     if private:
-        census = plan.census.event.noise_multiplier * noise.normal(1)[0]
-        customers = max(customers + census, 1.0)
+        census = noisy_sum(
+            np.array([customers]),
+            sensitivity=1.0,
+            noise_multiplier=plan.census.event.noise_multiplier,
+            contributors=1,
+            noise=noise,
+        )
+        customers = max(float(from_lattice(census, lattice_step(1.0))[0]), 1.0)
     for _ in range(optimizer.training.rounds):
         total = clipped_gradient_sum(network, optimizer.theta, x, y, clip_norm)
         if private:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 
@@ -58,6 +58,7 @@ class _Request:
     preset: str | None
     merchants: int | None
     seed: int
+    plain: bool
 
 
 def catalogue() -> list[CatalogueEntry]:
@@ -82,7 +83,7 @@ def ready_contract(name: str) -> Contract:
         return read_contract(path)
 
 
-def load(
+def load(  # noqa: PLR0913  # all but the first by name
     name: str,
     *,
     partition: str | None = None,
@@ -90,6 +91,7 @@ def load(
     preset: str | None = None,
     merchants: int | None = None,
     seed: int = 0,
+    plain: bool = False,
 ) -> Dataset:
     """Load or generate a built-in data set.
 
@@ -100,9 +102,11 @@ def load(
         preset: Size of the synthetic set; default the first.
         merchants: Number of merchants, for `cdnow` and `synthetic`.
         seed: Of what is drawn; Complete Journey draws nothing.
+        plain: Sum without masks, which a single merchant needs.
 
     Raises:
         DataError: An option does not fit the data set, or its package is missing or changed.
+        ContractError: A single merchant and secure sums.
     """
     entries = {entry.name: entry for entry in CATALOGUE}
     entry = entries[_known(name, list(entries), "data set")]
@@ -117,6 +121,7 @@ def load(
         preset=_known(preset, list(entry.presets), f"preset of {name}") if entry.presets else None,
         merchants=merchants,
         seed=seed,
+        plain=plain,
     )
     contract, tables = _LOADERS[name](request)
     return Dataset(
@@ -156,7 +161,7 @@ def _load_complete_journey(request: _Request) -> _Loaded:
         *(contract.sha256 for contract in contracts.values()),
     ]
     rows = cached(prefix, identity, lambda: complete_journey.customer_rows(partition, contracts))
-    contract = contracts[request.label]
+    contract = _with_merchants(contracts[request.label], request)
     return contract, _by_merchant(rows, contract)
 
 
@@ -166,7 +171,7 @@ def _load_cdnow(request: _Request) -> _Loaded:
     rows = cached(
         f"{request.entry.name}-{request.label}", identity, lambda: cdnow.customer_rows(contract)
     )
-    contract = _with_merchants(contract, request.merchants)
+    contract = _with_merchants(contract, request)
     dealt = cdnow.deal(rows, contract.federation.min_merchants, request.seed)
     return contract, _by_merchant(dealt, contract)
 
@@ -182,9 +187,12 @@ def _load_synthetic(request: _Request) -> _Loaded:
             f"for fewer `merchants`, or read them one merchant at a time with "
             f"simulations.synthetic.stream"
         )
-    contract = _with_merchants(ready_contract(f"{request.entry.name}-{request.label}"), count)
-    delta = min(0.01, float(f"{recipe.expected**-1.1:.1e}"))
-    contract = contract.revised(privacy={"delta": delta})
+    contract = ready_contract(f"{request.entry.name}-{request.label}")
+    contract = _with_merchants(contract, replace(request, merchants=count))
+    contract = contract.revised(
+        privacy={"delta": min(0.01, float(f"{recipe.expected**-1.1:.1e}"))},
+        aggregation={"max_customers": max(20_000, int(float(f"{4 * recipe.expected:.0e}")))},
+    )
     return contract, dict(synthetic.stream(recipe, contract, request.seed))
 
 
@@ -195,12 +203,17 @@ _LOADERS: dict[str, Callable[[_Request], _Loaded]] = {
 }
 
 
-def _with_merchants(contract: Contract, merchants: int | None) -> Contract:
-    if merchants is None or merchants == contract.federation.min_merchants:
-        return contract
-    if merchants < 1:
-        raise DataError(f"{contract.federation.name}: expected merchants >= 1, got {merchants}")
-    return contract.revised(federation={"min_merchants": merchants})
+def _with_merchants(contract: Contract, request: _Request) -> Contract:
+    """Return the contract for as many merchants as were asked for, with or without masks."""
+    name, merchants = contract.federation.name, request.merchants
+    if merchants is not None and merchants < 1:
+        raise DataError(f"{name}: expected merchants >= 1, got {merchants}")
+    changes: dict[str, dict[str, Any]] = {}
+    if merchants is not None and merchants != contract.federation.min_merchants:
+        changes["federation"] = {"min_merchants": merchants}
+    if request.plain:
+        changes["aggregation"] = {"secure": False}
+    return contract.revised(name, **changes) if changes else contract
 
 
 def _by_merchant(rows: pd.DataFrame, contract: Contract) -> dict[str, pd.DataFrame]:

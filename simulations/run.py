@@ -4,7 +4,7 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from common.errors import AccountingError, DataError, RunError
 from common.events import Event, merged, to_document
 from common.identity import write_members
 from common.ledger import Entry
-from common.plan import UPDATE
 from server.app import create_app as create_server_app
 from server.coordinator import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
@@ -216,7 +215,7 @@ def _check_survivors(federation: Federation, outcome: Outcome) -> None:
             nobody confirmed a sum.
     """
     noted = {m.merchant: m.worker.ledger.survivors(outcome.run) for m in federation.members}
-    for (stage, number, attempt), claimed in _occasions(outcome):
+    for (stage, number, attempt), claimed in zip(outcome.occasions, outcome.survivors, strict=True):
         if claimed is None:
             continue  # nothing was unmasked; counted as the fewest that the contract allows
         confirmed = {
@@ -231,21 +230,6 @@ def _check_survivors(federation: Federation, outcome: Outcome) -> None:
                 f"{stage} of round {number}: the coordinator counts {claimed} merchants in the "
                 f"sum, {told}; nothing is claimed"
             )
-
-
-def _occasions(outcome: Outcome) -> Iterator[tuple[tuple[str, int, int], int | None]]:
-    """Yield ((stage, round, attempt), merchants in the sum) in the order of asking.
-
-    A failed attempt is followed by the next one of the same stage and round, or by nothing of it.
-    """
-    number, attempt = 0, 0
-    before: tuple[str, int | None] = ("", None)
-    for (stage, _), found in zip(outcome.events, outcome.survivors, strict=True):
-        again = before == (stage, None)
-        attempt = attempt + 1 if again else 0
-        number += stage == UPDATE and not again
-        yield (stage, number, attempt), found
-        before = (stage, found)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from simulations.datasets import Dataset
 
 
-def chosen_dataset(
+def chosen_dataset(  # noqa: PLR0913  # all but the first by name
     name: str,
     *,
     partition: str | None,
@@ -18,12 +18,19 @@ def chosen_dataset(
     preset: str | None,
     merchants: int | None,
     seed: int,
+    plain: bool = False,
 ) -> "Dataset":
     """Load a built-in data set."""
     from simulations.datasets import load
 
     return load(
-        name, partition=partition, label=label, preset=preset, merchants=merchants, seed=seed
+        name,
+        partition=partition,
+        label=label,
+        preset=preset,
+        merchants=merchants,
+        seed=seed,
+        plain=plain,
     )
 
 

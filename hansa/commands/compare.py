@@ -48,6 +48,7 @@ def run(choices: Choices) -> None:
             preset=choices.preset,
             merchants=choices.merchants,
             seed=choices.data_seed,
+            plain=choices.insecure_plain_sums or choices.merchants == 1,
         )
         contract = chosen_contract(dataset, choices.contract, plain=choices.insecure_plain_sums)
         from simulations.compare import Question, compare

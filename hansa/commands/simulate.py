@@ -95,6 +95,7 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
         preset=choices.preset,
         merchants=choices.merchants,
         seed=choices.data_seed,
+        plain=plain or choices.merchants == 1,
     )
     contract = with_options(
         chosen_contract(dataset, choices.contract, plain=plain),

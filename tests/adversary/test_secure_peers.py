@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 from clients import secure_sum
 from clients.app import create_app
 from clients.secure_sum import MerchantSession
-from common.errors import RunError, SecureSumError, WireError
+from common.errors import SecureSumError, WireError
 from common.identity import Members
 from common.masks import KEY_BYTES, digest
 from common.session import (
@@ -260,15 +260,20 @@ class TestDealing:
         assert any("m001" in name for name in session.blamed)
 
     def test_a_row_of_wrong_pair_keys(self) -> None:
-        """A merchant that drops out with a wrong row is named with the one it disagrees with."""
-        world = advertised(5)
+        """A merchant that drops out with a wrong row is named with the one it disagrees with.
+
+        Nobody can tell which of the two lied; the one that dropped out is out, the rest go on.
+        """
+        world = advertised(7)
         session = coordinator_of(world)
-        lie = only(LIAR, lambda raw: changed(raw, 5, row=flipped))
+        lie = only(LIAR, lambda raw: changed(raw, 7, row=flipped))
         total_of(world, session, escrow=lie)
         with pytest.raises(SecureSumError, match="field 'row': 'm000', 'm001' left different keys"):
             total_of(world, session, out=frozenset({LIAR}))
-        assert LIAR not in session.ready
-        assert np.array_equal(total_of(world, session), exact({0, 2, 3, 4}))
+        assert session.blamed == {"'m000', 'm001'": "left different keys of their pair"}
+        assert session.conflicts == [(LIAR, 0)]
+        assert session.ready == [0, 2, 3, 4, 5, 6]
+        assert np.array_equal(total_of(world, session), exact({0, 2, 3, 4, 5, 6}))
 
     def test_wrong_marks(self) -> None:
         """A survivor whose marks are wrong is noticed as soon as somebody else drops out."""
@@ -278,6 +283,8 @@ class TestDealing:
         total_of(world, session, escrow=lie)
         with pytest.raises(SecureSumError, match="field 'row': 'm001', 'm004' left different keys"):
             total_of(world, session, out=frozenset({4}))
+        assert session.blamed == {"'m001', 'm004'": "left different keys of their pair"}
+        assert session.conflicts == [(4, LIAR)]
 
     def test_bad_boxes(self) -> None:
         """A box that does not open is refused by its receiver, who names the sender."""
@@ -287,7 +294,9 @@ class TestDealing:
         session.begin(occasion(2), LENGTH, np.uint32)
         before = world.clients[0].state.next_step
         active, boxes = session.request(0)
-        with pytest.raises(SecureSumError, match="box of 'm001' for step 2 is not authentic"):
+        with pytest.raises(
+            SecureSumError, match="'m001' left a box for step 2 that is not authentic"
+        ):
             world.clients[0].prepare(2, occasion(2), active, boxes, LABEL)
         assert world.clients[0].state.next_step == before
         active, boxes = session.request(2)  # its box was left alone
@@ -329,12 +338,35 @@ class TestAdverts:
         keys[which] = getattr(victim, which)
         adverts[LIAR] = self.signed(world, keys["transport"], keys["masking"])
         session = CoordinatorSession(CONTEXT, world.members, 2)
-        for raw, identity in zip(adverts, world.identities, strict=True):
-            session.take_advert(raw, identity.merchant)
+        for position in (0, 2, 3):
+            session.take_advert(adverts[position], world.identities[position].merchant)
+        with pytest.raises(SecureSumError, match="field 'advert': a key that is there already"):
+            session.take_advert(adverts[LIAR], "m001")
         with pytest.raises(SecureSumError, match="two members have an equal key"):
-            session.close_roster()
-        with pytest.raises(SecureSumError, match="two members have an equal key"):
-            world.clients[0].share(adverts)
+            world.clients[0].share(adverts)  # from a coordinator that takes it
+        roster = session.close_roster()
+        assert roster == [adverts[position] for position in (0, 2, 3)]
+        others = [world.clients[position] for position in (0, 2, 3)]
+        for position, client in enumerate(others):
+            session.take_escrow(position, client.share(roster))
+        world.clients = others
+        assert np.array_equal(total_of(world, session), exact({0, 1, 2}))
+
+    def test_one_key_for_both_uses(self) -> None:
+        """A key for transport is none for masking, be it one's own or another's."""
+        world = advertised(4)
+        session = CoordinatorSession(CONTEXT, world.members, 2)
+        session.take_advert(world.clients[0].advert, "m000")
+        own = Advert.from_bytes(world.clients[LIAR].advert)
+        victim = Advert.from_bytes(world.clients[0].advert)
+        for keys in (
+            (own.transport, own.transport),
+            (victim.masking, own.masking),
+            (own.transport, victim.transport),
+        ):
+            with pytest.raises(SecureSumError, match="field 'advert': a key that is there already"):
+                session.take_advert(self.signed(world, *keys), "m001")
+        session.take_advert(world.clients[LIAR].advert, "m001")  # a refusal leaves no trace
 
     def test_an_equal_key_in_another_spelling(self) -> None:
         """The unused bit of an X25519 key makes two spellings; pair keys differ all the same."""
@@ -361,7 +393,10 @@ class TestAdverts:
         own = Advert.from_bytes(adverts[LIAR])
         keys = {"transport": own.transport, "masking": own.masking, which: bytes.fromhex(raw)}
         adverts[LIAR] = self.signed(world, keys["transport"], keys["masking"])
-        for position in (0, 2, 3):
+        session = CoordinatorSession(CONTEXT, world.members, 2)
+        with pytest.raises(SecureSumError, match="field 'advert': a key that gives no secret"):
+            session.take_advert(adverts[LIAR], "m001")
+        for position in (0, 2, 3):  # from a coordinator that takes it
             with pytest.raises(SecureSumError, match=r"key of 'm001' gives no secret \(low order"):
                 world.clients[position].share(adverts)
             assert not world.clients[position].state.pairs
@@ -417,7 +452,8 @@ class TestVectors:
         assert session.survivors == []
 
     def test_twice_and_unasked(self) -> None:
-        """One vector a member and step."""
+        """One vector a member and step, before the sum is closed."""
+        refusal = "field 'vector': was not asked for, is there already, or is late"
         world = advertised(4)
         session = coordinator_of(world)
         session._escrows.pop(3)
@@ -427,8 +463,13 @@ class TestVectors:
         masked, escrow = world.clients[LIAR].mask(prepared, planted(LIAR))
         session.take_masked(LIAR, masked, escrow)
         for position in (LIAR, 3, 9):
-            with pytest.raises(SecureSumError, match="was not asked for, or is there already"):
+            with pytest.raises(SecureSumError, match=refusal):
                 session.take_masked(position, masked, escrow)
+        with pytest.raises(SecureSumError, match="1 masked vectors came, 3 are needed"):
+            session.close_sum()
+        with pytest.raises(SecureSumError, match=refusal):
+            session.take_masked(2, masked, escrow)  # asked, and late
+        assert session.survivors == [LIAR]
 
 
 class TestConfirmations:
@@ -576,9 +617,8 @@ class TestOverTheGrid:
         assert "field '" in outcome.failures["m001"]
 
     @pytest.mark.parametrize("kind", ["confirmations", "boxes", "advert"])
-    @pytest.mark.xfail(strict=True, raises=RunError, reason="who is caught lying is asked again")
     def test_one_liar_does_not_end_the_run(self, tmp_path: Path, kind: str) -> None:
-        """A merchant whose lie every honest one reports should be left out of the next attempt."""
+        """A merchant whose lie every honest one reports is left out of the next attempt."""
         found = shops(tmp_path, 5, contract=tiny(5))
 
         def tamper(number: int, _message: Message, reply: Message) -> Message:
@@ -586,7 +626,13 @@ class TestOverTheGrid:
 
         if kind == "advert":
             found.workers[LIAR]._party.__dict__["advertise"] = low_order(found)
-        assert len(run_over_grid(found, tamper).cohorts) == 2
+        outcome = run_over_grid(found, tamper)
+        assert outcome.cohorts == [4, 4]
+        if kind == "advert":
+            assert outcome.failures["m001"] == "field 'advert': a key that gives no secret"
+            return
+        for name in ("m000", "m002", "m003", "m004"):
+            assert f"field '{kind}': 'm001' " in outcome.failures[name]
 
 
 def lying(kind: str, reply: Message) -> Message:

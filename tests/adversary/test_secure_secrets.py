@@ -41,7 +41,6 @@ from tests.adversary.secure_world import (
     Shops,
     both_shares,
     equal_words,
-    looks_random,
     pair_keys_of,
     planted,
     ready,
@@ -52,6 +51,7 @@ from tests.adversary.secure_world import (
 )
 
 VICTIM = 0
+TAKEN = "this step of the secure sum was taken before; was the session's file put back?"
 Dealt = dict[tuple[str, int], list[bytes]]  # (dealer, step) -> what each member was dealt
 
 
@@ -369,7 +369,10 @@ class TestRestart:
     def test_a_crash_before_the_state_is_stored(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The charge stays, nothing left, and the same occasion is never answered."""
+        """The charge stays, nothing left, and neither occasion nor step is ever answered.
+
+        An attempt of its own is answered in the next session.
+        """
         found = shops(tmp_path, 3, files=True)
         found.set_up()
         before = found.stores[VICTIM].load()
@@ -384,7 +387,11 @@ class TestRestart:
         restarted(found, tmp_path)
         assert found.stores[VICTIM].load() == before
         assert "was released before" in found.ask(VICTIM, 1).refusal
-        assert not found.ask(VICTIM, 1, attempt=1).refusal
+        assert TAKEN in found.ask(VICTIM, 1, attempt=1).refusal
+        assert found.stores[VICTIM].load() == before
+        assert len(found.workers[VICTIM].ledger.entries()) == 1
+        found.set_up(2)
+        assert not found.ask(VICTIM, 1, attempt=1, session=2).refusal
         attempts = [e.occasion.attempt for e in found.workers[VICTIM].ledger.entries()]
         assert attempts == [0, 1]
 
@@ -435,7 +442,7 @@ class TestRollback:
         assert first.vector is not None
 
     def test_another_attempt_leaks_nothing_by_itself(self, tmp_path: Path) -> None:
-        """The step's secrets serve again, in another context: streams differ, peers do not help."""
+        """The ledger refuses the step; and without a ledger streams differ, peers do not help."""
         found = shops(tmp_path, 4, files=True)
         found.set_up()
         path = tmp_path / "m000.sealed"
@@ -455,21 +462,29 @@ class TestRollback:
         restarted(found, tmp_path)
         request = found.request(VICTIM, 1, attempt=1)
         answer = found.ask(VICTIM, 1, attempt=1)
-        assert not answer.refusal  # charged, with fresh noise
-        truth = found.exact(VICTIM, before, request, answer.vector)
+        assert answer.refusal == TAKEN
+        assert (answer.escrow, answer.vector.size) == (b"", 0)
+        attempts = [e.occasion.attempt for e in found.workers[VICTIM].ledger.entries()]
+        assert attempts == [0]
+        assert found.stores[VICTIM].load() == before
+        party = found.workers[VICTIM]._party  # the same step, with nobody who keeps a ledger
+        truth = found.exact(VICTIM, before, found.request(VICTIM, 1), first)
+        masked, raw = party.mask(1, party.prepare(request), truth)
+        assert np.array_equal(found.exact(VICTIM, before, request, masked), truth)
         what = occasion_hash("update", 1, 1, 40.0, request.parameters)
         context = secure_sum.step_context(before.roster_hash, 1, what, frozenset(range(4)))
-        less = answer.vector.copy()
+        less = masked.copy()
         add_masks(less, [], [mask_key(before.next_self, context)])
-        for known in (answer.vector, less, answer.vector - first, less - first):
+        for known in (masked, less, masked - first, less - first):
             assert equal_words(known, truth) <= 1
+            assert equal_words(known, np.zeros_like(known)) <= 1
         others = frozenset(range(1, 4))
         with pytest.raises(SecureSumError, match="step 1 is not under way"):
             found.workers[1].confirm(Confirm(1, 1, to_bitmap(others, 4)))
         found.workers[VICTIM].confirm(Confirm(1, 1, to_bitmap(range(4), 4)))
         with pytest.raises(SecureSumError, match="did not confirm this step's set"):
             found.workers[VICTIM].reveal(found.reveal_message(VICTIM, 1, codes))
-        assert first_escrow.boxes != found.escrows[1, 2, VICTIM].boxes
+        assert first_escrow.boxes != Escrow.from_bytes(raw, 4).boxes
 
     @staticmethod
     def rolled_back(count: int, back: int) -> tuple[Server, np.ndarray | None]:
@@ -505,17 +520,55 @@ class TestRollback:
         assert found is not None
         assert equal_words(found, planted(VICTIM)) == 512
 
-    @pytest.mark.xfail(strict=True, reason="a step that is dealt anew is sealed with a used nonce")
-    def test_boxes_never_share_a_nonce(self) -> None:
-        """A merchant whose state was put back must not seal two texts with one key and nonce."""
+    def test_a_step_that_was_put_back_is_not_dealt_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The worker refuses it, for whatever occasion, before it draws or seals anything."""
+        found = shops(tmp_path, 4, files=True)
+        found.set_up()
+        path, dealt = tmp_path / "m000.sealed", list[int]()
+        raw, deal = path.read_bytes(), MerchantSession._deal
+
+        def noted(session: MerchantSession, step: int, receivers: Any) -> Escrow:
+            dealt.append(step)
+            return deal(session, step, receivers)
+
+        monkeypatch.setattr(MerchantSession, "_deal", noted)
+        assert not found.ask(VICTIM, 1).refusal
+        assert dealt == [2]
+        path.write_bytes(raw)
+        restarted(found, tmp_path)
+        for changed in ({"attempt": 1}, {"round": 2}, {"stage": "census", "round": 0}):
+            answer = found.ask(VICTIM, 1, **changed)
+            assert answer.refusal == TAKEN
+            assert (answer.escrow, answer.vector.size) == (b"", 0)
+        assert "was released before" in found.ask(VICTIM, 1).refusal
+        assert dealt == [2]
+        assert path.read_bytes() == raw
+        assert len(found.workers[VICTIM].ledger.entries()) == 1
+
+    def test_a_roster_is_not_joined_again(self, tmp_path: Path) -> None:
+        """A file put back to before SHARE deals nothing for the same roster and keys."""
+        found = shops(tmp_path, 4, files=True)
+        message = Advertise("run", found.contract.sha256, 1)
+        roster = Share(1, [worker.advertise(message).advert for worker in found.workers])
+        path = tmp_path / "m000.sealed"
+        raw = path.read_bytes()
+        assert found.workers[VICTIM].share(roster).escrow
+        path.write_bytes(raw)
+        restarted(found, tmp_path)
+        with pytest.raises(SecureSumError, match=r"field 'roster': this step .* was taken before"):
+            found.workers[VICTIM].share(roster)
+
+    def test_what_dealing_a_step_again_would_leak(self) -> None:
+        """Without the ledger two texts are sealed with one key and nonce."""
         server = ready(4)
         before = deepcopy(server.clients[VICTIM].state)
         server.update(VICTIM)
-        first, secrets = server.escrows[2, VICTIM], [server.clients[VICTIM].state.next_share]
+        first = server.escrows[2, VICTIM]
         server.clients[VICTIM].state = before
         server.update(VICTIM)
         second = server.escrows[2, VICTIM]
-        secrets.append(server.clients[VICTIM].state.next_share)
         for position in range(1, 4):
             mixed = xor(first.box(position), second.box(position))[: 2 * SECRET_BYTES]
             key = server.clients[position].state.pairs[VICTIM].box_in
@@ -523,7 +576,7 @@ class TestRollback:
                 opened_box(key, escrow.box(position), server.clients[position].state)
                 for escrow in (first, second)
             ]
-            assert mixed != xor(*opened)
+            assert mixed == xor(*opened)
 
 
 def xor(one: bytes, other: bytes) -> bytes:
@@ -539,16 +592,47 @@ def opened_box(key: bytes, box: bytes, state: State) -> bytes:
 class TestLateCompromise:
     """What a merchant's files give away when they are taken after a step."""
 
-    @pytest.mark.xfail(strict=True, reason="the secrets of a pair serve for the whole session")
-    def test_past_steps_stay_masked(self) -> None:
-        """All peers' states, taken after the step, should not unmask what was recorded in it."""
-        server = ready(4)
-        secret = server.clients[VICTIM].state.next_self  # the server learns it in REVEAL
-        server.honest_step()
-        taken = {p: pair_keys_of(server.clients[p].state, 1)[VICTIM] for p in (1, 2, 3)}
-        reply = server.replies[1, VICTIM]
-        found = unmasked_alone(reply.masked, VICTIM, reply.context, secret, taken)
-        assert looks_random(found)
+    def test_past_steps_stay_masked_when_the_run_is_over(self, tmp_path: Path) -> None:
+        """The secrets of a pair serve for a whole session: no forward secrecy until it is erased.
+
+        All peers' files, taken while the session goes on, unmask what was recorded in it. After
+        the run's last sum there is no such file.
+        """
+        found = shops(tmp_path, 4, files=True)
+        found.set_up()
+
+        def step(number: int, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+            """Carry out a step; return what the victim sent, and its vector."""
+            before, request = found.stores[VICTIM].load(), found.request(VICTIM, number, **changed)
+            sent = [found.ask(position, number, **changed) for position in range(4)]
+            assert not any(answer.refusal for answer in sent)
+            codes = found.confirm(number)
+            for position, worker in enumerate(found.workers):
+                worker.reveal(found.reveal_message(position, number, codes))
+            return sent[VICTIM].vector, found.exact(VICTIM, before, request, sent[VICTIM].vector)
+
+        state = found.stores[VICTIM].load()
+        secret = state.next_self  # the server learns it in REVEAL
+        masked, truth = step(1)
+        peers = {p: found.stores[p].load() for p in (1, 2, 3)}
+        taken = {p: pair_keys_of(peer, 1)[VICTIM] for p, peer in peers.items()}
+        parameters = found.request(VICTIM, 2).parameters
+        what = occasion_hash("update", 1, 0, 40.0, parameters)
+        context = secure_sum.step_context(state.roster_hash, 1, what, frozenset(range(4)))
+        assert np.array_equal(unmasked_alone(masked, VICTIM, context, secret, taken), truth)
+        fewer = {p: key for p, key in taken.items() if p != 3}  # one peer's file stays its own
+        assert equal_words(unmasked_alone(masked, VICTIM, context, secret, fewer), truth) <= 1
+        stage, last = found.workers[VICTIM]._plan.last(found.contract.training.rounds)
+        step(2, stage=stage, round=last)
+        for position, identity in enumerate(found.identities):
+            path = tmp_path / f"{identity.merchant}.sealed"
+            assert not path.exists()
+            with pytest.raises(SecureSumError, match="no session under way"):
+                found.stores[position].load()
+        kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+        pairs = [pair for peer in peers.values() for pair in peer.pairs.values()]
+        values = [value for pair in pairs for value in vars(pair).values()]
+        assert not any(form in kept for value in values for form in spellings(value))
 
 
 def test_what_is_held_is_gone_after_the_step() -> None:

@@ -176,7 +176,6 @@ class TestFileStore:
         with pytest.raises(PolicyError, match=r"session: cannot be written \(No such file"):
             FileStore(tmp_path / "no" / "session", identity).save(state)
 
-    @pytest.mark.xfail(strict=True, reason="the clean-up in save raises an error of its own")
     def test_a_file_in_place_of_its_folder_is_told(
         self, identity: Identity, state: State, tmp_path: Path
     ) -> None:
@@ -184,6 +183,12 @@ class TestFileStore:
         (tmp_path / "file").write_text("x")
         with pytest.raises(PolicyError, match="cannot be written"):
             FileStore(tmp_path / "file" / "session", identity).save(state)
+
+    def test_what_cannot_be_deleted_is_told(self, identity: Identity, tmp_path: Path) -> None:
+        """A session that should be forgotten and is not is no success."""
+        (tmp_path / "session").mkdir()
+        with pytest.raises(PolicyError, match="cannot be deleted"):
+            FileStore(tmp_path / "session", identity).erase()
 
 
 class TestLock:

@@ -299,6 +299,77 @@ class TestAffordable:
             ledger.check_affordable(plan)
 
 
+class TestSteps:
+    """Ledger.charge with the step of a secure sum that it is for."""
+
+    def test_is_charged_once_in_any_run(self, ledger: Ledger, path: Path) -> None:
+        """A session's file that was put back masks nothing a second time, also after reopening."""
+        ledger.charge(occasion(1), EVENT, EVENT, step="roster/1")
+        ledger.close()
+        again = Ledger(path, BUDGET)
+        for other in (occasion(2), occasion(1, attempt=1), occasion(1, run="another")):
+            with pytest.raises(ReplayRefusal, match="was the session's file put back"):
+                again.charge(other, EVENT, EVENT, step="roster/1")
+        assert [entry.occasion for entry in again.entries()] == [occasion(1)]
+
+    def test_what_was_refused_is_as_good_as_never_asked(self, ledger: Ledger) -> None:
+        """Neither the occasion nor the budget is spent, so another step may have them."""
+        ledger.charge(occasion(1), GaussianSum(4.5, 1.0), EVENT, step="roster/1")
+        with pytest.raises(ReplayRefusal):
+            ledger.charge(occasion(2), EVENT, EVENT, step="roster/1")
+        ledger.charge(occasion(2), EVENT, EVENT, step="roster/2")
+        assert [entry.event for entry in ledger.entries()] == [GaussianSum(4.5, 1.0), EVENT]
+
+    def test_a_step_that_was_not_paid_for_is_still_there(self, ledger: Ledger) -> None:
+        """A refusal for the budget's sake, or an occasion that was charged, takes no step."""
+        ledger.charge(occasion(1), EVENT, EVENT)
+        with pytest.raises(BudgetRefusal):
+            ledger.charge(occasion(2), GaussianSum(0.1, 1.0), EVENT, step="roster/1")
+        with pytest.raises(ReplayRefusal, match="was released before in this run"):
+            ledger.charge(occasion(1), EVENT, EVENT, step="roster/1")
+        ledger.charge(occasion(3), EVENT, EVENT, step="roster/1")
+
+    def test_no_step_is_no_step(self, ledger: Ledger) -> None:
+        """Plain sums have none; any number of them are charged."""
+        for number in range(3):
+            ledger.charge(occasion(number), EVENT, EVENT)
+        assert len(ledger.entries()) == 3
+
+    def test_ledger_of_an_earlier_version(self, ledger: Ledger, path: Path) -> None:
+        """A file without the table gets it, and keeps its charges."""
+        ledger.charge(occasion(1), EVENT, EVENT)
+        ledger.close()
+        connection = sqlite3.connect(path)
+        connection.execute("DROP TABLE secure_step")
+        connection.close()
+        again = Ledger(path, BUDGET)
+        again.charge(occasion(2), EVENT, EVENT, step="roster/1")
+        with pytest.raises(ReplayRefusal):
+            again.charge(occasion(3), EVENT, EVENT, step="roster/1")
+        assert len(again.entries()) == 2
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE secure_step SET step = 'roster/2'",
+            "UPDATE OR REPLACE secure_step SET step = 'roster/2'",
+            "DELETE FROM secure_step",
+            "REPLACE INTO secure_step VALUES ('roster/1')",
+            "INSERT OR REPLACE INTO secure_step VALUES ('roster/1')",
+        ],
+    )
+    def test_steps_stay(self, ledger: Ledger, path: Path, statement: str) -> None:
+        """Steps are neither changed, nor deleted, nor replaced, from any connection."""
+        ledger.charge(occasion(1), EVENT, EVENT, step="roster/1")
+        ledger.close()
+        connection = sqlite3.connect(path)
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            connection.execute(statement)
+        connection.commit()
+        assert connection.execute("SELECT step FROM secure_step").fetchall() == [("roster/1",)]
+        connection.close()
+
+
 class TestNotedSums:
     """Ledger.note_sum and survivors."""
 

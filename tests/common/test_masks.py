@@ -155,6 +155,12 @@ class TestKeys:
         other = HKDF(hashes.SHA256(), 32, salt, info).derive(secret)
         assert expand(extract(salt, secret), info) == other
 
+    @pytest.mark.parametrize("length", [0, 1, 16, 31, 33, 64])
+    def test_a_key_of_another_length_is_refused(self, length: int) -> None:
+        """What comes of an empty key would be known to everybody."""
+        with pytest.raises(ValueError, match=f"expected a key of 32 bytes, got {length}"):
+            expand(bytes(length), b"mask")
+
 
 class TestJoined:
     """Parts never look alike."""

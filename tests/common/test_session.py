@@ -16,6 +16,8 @@ from common.session import (
     Advert,
     Escrow,
     Roster,
+    accusation,
+    accused,
     direction,
     from_bitmap,
     mark,
@@ -242,6 +244,41 @@ class TestContexts:
         """The same bytes as a key and as a share have different marks."""
         assert mark(bytes(32)) != share_digest(bytes(32))
         assert len(mark(bytes(32))) == len(share_digest(bytes(32))) == 8
+
+
+class TestAccused:
+    """Whom a refusal accuses."""
+
+    @pytest.mark.parametrize("field", ["boxes", "confirmations"])
+    @pytest.mark.parametrize("name", ["s", "shop-001", "x" * 64])
+    def test_what_was_written_is_read_whatever_is_around_it(self, field: str, name: str) -> None:
+        """Flower hands over an exception as text, with its type and more."""
+        text = str(accusation(field, name, "left something that is not authentic"))
+        assert accused(text) == name
+        assert accused(f'error 500: SecureSumError("{text}")\n  at line 3') == name
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "no answer within 1 s",
+            "field 'boxes': expected 80 bytes, got 0",
+            "field 'active': 'shop-001' cannot be in it; who is out stays out",
+            "field 'step': step 2 is not under way",
+            "'shop-001' left a box",
+            "field 'boxes': ''",
+            f"field 'boxes': '{'x' * 65}' left a box",
+            "field 'boxes' : 'shop-001'",
+        ],
+    )
+    def test_every_other_refusal_accuses_nobody(self, text: str) -> None:
+        """Above all one that names a member for another reason."""
+        assert accused(text) is None
+
+    def test_one_refusal_accuses_one(self) -> None:
+        """The first that it names; a liar cannot accuse everybody at once."""
+        texts = [str(accusation("boxes", name, "lied")) for name in ("one", "two")]
+        assert accused("; ".join(texts)) == "one"
 
 
 class TestBitmaps:

@@ -519,6 +519,29 @@ def test_min_survivors_are_enough_to_start(
     assert run_over_grid(federation).merchants == [NAMES[0], *NAMES[2:]]
 
 
+@pytest.mark.parametrize("stage", ["query.advertise", "query.share"])
+def test_an_attempt_that_nobody_was_asked_for_is_not_counted(
+    federate: Federate, secure: Contract, run_over_grid: RunOverGrid, stage: str
+) -> None:
+    """A session that could not be set up costs an attempt's number and no noise."""
+    waiting = {2, 3, 4}
+
+    def fault(message: Message) -> str | None:
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type != stage or node not in waiting:
+            return None
+        waiting.discard(node)
+        return "silent"
+
+    federation = federate(secure)
+    outcome = run_over_grid(federation, fault=fault)
+    assert "nobody was asked" in outcome.failures["census of round 0"]
+    assert [found for found, _ in outcome.events].count(CENSUS) == 1
+    assert set(outcome.survivors) == {5}
+    for number in range(5):
+        assert charged(federation, number, outcome) == outcome.events
+
+
 def test_secure_sums_need_the_enrolled_members(secure: Contract) -> None:
     """A coordinator that does not know them does not begin."""
     grid = InProcessGrid(lambda _m, _c: None, 0, {})  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from clients.secure_sum import MerchantSession
 from common.errors import SecureSumError
 from common.identity import Identity, Members
-from common.session import Advert, Escrow, session_context
+from common.session import Advert, Escrow, accused, session_context, to_bitmap
 from server.secure_sum import CoordinatorSession, groups
 from tests.secure_world import ANSWER, ASKED, World, vectors_of
 
@@ -77,27 +77,60 @@ class TestAdverts:
         with pytest.raises(SecureSumError):
             session.take_advert(raw, "shop")
 
-    def test_a_copied_key_is_refused_when_the_roster_is_fixed(self) -> None:
-        """Who signs another's public key spoils the session, not a sum."""
-        world = World(3, 2)
-        world.advertise({2: ("advertise", ANSWER)})
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            ("transport", "masking"),
+            ("masking", "transport"),
+            ("transport", "transport"),
+            ("masking", "masking"),
+        ],
+    )
+    def test_a_copied_key_is_refused(self, keys: tuple[str, str]) -> None:
+        """Who signs another's public key is left out, and the others' session goes on."""
+        world = World(4, 2)
+        world.advertise({3: ("advertise", ANSWER)})
+        own, victims = keys
         victim = Advert.from_bytes(world.merchants["shop-000"].advert)
-        unsigned = replace(victim, merchant="shop-002")
-        signature = world.identities["shop-002"].sign(unsigned.signed(world.context))
-        world.coordinator.take_advert(replace(unsigned, signature=signature).to_bytes(), "shop-002")
-        with pytest.raises(SecureSumError, match="equal key"):
-            world.coordinator.close_roster()
+        copied = {own: getattr(victim, victims)}
+        with pytest.raises(SecureSumError, match="field 'advert': a key that is there already"):
+            world.coordinator.take_advert(self.signed_anew(world, **copied), "shop-003")
+        self.check_goes_on(world)
 
-    @pytest.mark.xfail(strict=True, reason="take_advert does not try the keys")
-    def test_a_key_of_low_order_is_refused(self) -> None:
+    def test_one_key_for_two_purposes_is_refused(self) -> None:
+        """The roster would be one that nobody may join."""
+        world = World(4, 2)
+        world.advertise({3: ("advertise", ANSWER)})
+        own = Advert.from_bytes(world.merchants["shop-003"].advert)
+        with pytest.raises(SecureSumError, match="field 'advert': a key that is there already"):
+            world.coordinator.take_advert(
+                self.signed_anew(world, masking=own.transport), "shop-003"
+            )
+        self.check_goes_on(world)
+
+    @pytest.mark.parametrize("key", [bytes(32), b"\x01" + bytes(31)], ids=["zero", "one"])
+    @pytest.mark.parametrize("name", ["transport", "masking"])
+    def test_a_key_of_low_order_is_refused(self, name: str, key: bytes) -> None:
         """Otherwise every honest merchant refuses the roster, and nobody is left."""
         world = World(4, 2)
         world.advertise({3: ("advertise", ANSWER)})
-        unsigned = replace(Advert.from_bytes(world.merchants["shop-003"].advert), masking=bytes(32))
+        with pytest.raises(SecureSumError, match="field 'advert': a key that gives no secret"):
+            world.coordinator.take_advert(self.signed_anew(world, **{name: key}), "shop-003")
+        self.check_goes_on(world)
+
+    @staticmethod
+    def signed_anew(world: World, **keys: bytes) -> bytes:
+        """Return the advert of the last of four with other keys and a good signature."""
+        unsigned = replace(Advert.from_bytes(world.merchants["shop-003"].advert), **keys)
         signature = world.identities["shop-003"].sign(unsigned.signed(world.context))
-        raw = replace(unsigned, signature=signature).to_bytes()
-        with pytest.raises(SecureSumError):
-            world.coordinator.take_advert(raw, "shop-003")
+        return replace(unsigned, signature=signature).to_bytes()
+
+    @staticmethod
+    def check_goes_on(world: World) -> None:
+        """Check that the first three of four sum without the last."""
+        assert world.share() == []
+        vectors = vectors_of(4, 3, np.uint32, 1)
+        np.testing.assert_array_equal(world.sum(vectors), world.plain(vectors, [0, 1, 2]))
 
 
 class TestOrder:
@@ -168,7 +201,7 @@ class TestVectors:
         world.update(VECTORS, {4: ("update", ANSWER)})
         masked, escrow = world.held[4]
         world.coordinator.take_masked(4, masked, escrow)
-        with pytest.raises(SecureSumError, match="was not asked for, or is there already"):
+        with pytest.raises(SecureSumError, match="was not asked for, is there already, or is late"):
             world.coordinator.take_masked(4, masked, escrow)
         world.confirm()
         world.reveal()
@@ -182,6 +215,43 @@ class TestVectors:
         world.update(VECTORS)
         with pytest.raises(SecureSumError, match="was not asked for"):
             world.coordinator.take_masked(4, VECTORS[4], world.held.get(4, (None, b""))[1])
+
+    @pytest.mark.parametrize("position", [-1, 4, 5, 10**6])
+    def test_strangers_send_in_vain(self, world: World, position: int) -> None:
+        """One that is out and ones that never were: no stage takes anything of them."""
+        world.update(VECTORS, {4: ("update", ANSWER)})
+        masked, escrow = world.held[4]
+        if position != 4:
+            with pytest.raises(SecureSumError, match="field 'vector': was not asked for"):
+                world.coordinator.take_masked(position, masked, escrow)
+        world.confirm()
+        with pytest.raises(SecureSumError, match="or is late"):
+            world.coordinator.take_masked(position, masked, escrow)
+        with pytest.raises(SecureSumError, match="field 'confirmations': were not asked for"):
+            world.coordinator.take_confirmations(position, bytes(16 * 3))
+        world.reveal()
+        with pytest.raises(SecureSumError, match="field 'shares': were not asked for"):
+            world.coordinator.take_shares(position, bytes(32 * 5))
+        np.testing.assert_array_equal(world.coordinator.total(), world.plain(VECTORS, [0, 1, 2, 3]))
+        assert world.coordinator.ready == [0, 1, 2, 3]
+
+    def test_nobody_confirms_before_the_set_is_fixed(self, world: World) -> None:
+        """A code for a set that may still grow would be for another set."""
+        world.update(VECTORS)
+        with pytest.raises(SecureSumError, match="field 'confirmations': were not asked for"):
+            world.coordinator.take_confirmations(0, bytes(16 * 4))
+        world.confirm()
+        world.reveal()
+        np.testing.assert_array_equal(world.coordinator.total(), world.plain(VECTORS, [*range(5)]))
+
+    def test_who_did_not_confirm_reveals_nothing(self, world: World) -> None:
+        """Its shares were not asked for."""
+        world.update(VECTORS)
+        world.confirm({4: ("confirm", ANSWER)})
+        with pytest.raises(SecureSumError, match="field 'shares': were not asked for"):
+            world.coordinator.take_shares(4, bytes(32 * 5))
+        world.reveal()
+        np.testing.assert_array_equal(world.coordinator.total(), world.plain(VECTORS, [*range(5)]))
 
     @pytest.mark.parametrize("kind", ["length", "type", "axes", "escrow"])
     def test_a_malformed_answer_leaves_no_trace(self, world: World, kind: str) -> None:
@@ -342,6 +412,8 @@ class TestLiars:
         world = self.dealt(change, dealer)
         with pytest.raises(SecureSumError, match="'shop-001', 'shop-004' left different keys"):
             world.sum(VECTORS, {4: ("update", ANSWER)})
+        assert list(world.coordinator.blamed) == ["'shop-001', 'shop-004'"]
+        assert world.coordinator.conflicts == [(4, 1)]
         np.testing.assert_array_equal(world.sum(VECTORS), world.plain(VECTORS, [0, 1, 2, 3]))
 
     def test_a_false_row_does_no_harm_while_its_owner_is_there(self) -> None:
@@ -349,25 +421,40 @@ class TestLiars:
         world = self.dealt(lambda e: replace(e, row=flipped(e.row, 0, 160)))
         np.testing.assert_array_equal(world.sum(VECTORS), world.plain(VECTORS, [0, 1, 2, 3, 4]))
 
-    @pytest.mark.xfail(strict=True, reason="a row's liar is not put down in `blamed`")
-    def test_pairs_that_left_different_keys_are_blamed(self) -> None:
-        """As are holders and dealers of false shares."""
-        world = self.dealt(lambda e: replace(e, row=flipped(e.row, 32, 32)), 4)
-        with pytest.raises(SecureSumError, match="left different keys"):
-            world.sum(VECTORS, {4: ("update", ANSWER)})
-        assert world.coordinator.blamed
-
-    @pytest.mark.xfail(strict=True, reason="one wrong confirmation makes every merchant refuse")
     def test_a_false_confirmation_does_not_end_the_step_of_all(self, world: World) -> None:
         """Four right confirmations are enough, whatever the fifth member sends."""
+        session = world.coordinator
         world.update(VECTORS)
         world.confirm()
-        sent = world.coordinator._current.confirmations
-        world.coordinator.take_confirmations(2, bytes(16 * len(sent[2])))
+        session.take_confirmations(2, bytes(16 * 4))
+        for position in (0, 1, 3, 4):
+            with pytest.raises(SecureSumError, match="'shop-002' did not confirm") as error:
+                world.at(position).reveal(1, *session.confirmations_for(position))
+            liar = accused(str(error.value))
+            assert liar == "shop-002"
+            bitmap, codes = session.confirmations_for(position, without={liar})
+            assert bitmap == to_bitmap([0, 1, 3, 4], 5)
+            session.take_shares(position, world.at(position).reveal(1, bitmap, codes))
+        np.testing.assert_array_equal(session.total(), world.plain(VECTORS, [*range(5)]))
+
+    def test_too_few_right_confirmations_reveal_nothing(self, world: World) -> None:
+        """Leaving out liars does not lower what a merchant needs."""
+        world.update(VECTORS)
+        world.confirm()
+        given = world.coordinator.confirmations_for(0, without={"shop-001", "shop-002"})
+        with pytest.raises(SecureSumError, match="3 confirmations, 4 are needed"):
+            world.at(0).reveal(1, *given)
+
+    def test_who_is_put_out_is_in_the_sum_and_not_in_the_next(self, world: World) -> None:
+        """Its vector had come; a name that is no member's changes nothing."""
+        world.update(VECTORS)
+        world.coordinator.put_out("shop-002")
+        world.coordinator.put_out("nobody")
+        world.confirm()
         world.reveal()
-        np.testing.assert_array_equal(
-            world.coordinator.total(), world.plain(VECTORS, [0, 1, 2, 3, 4])
-        )
+        np.testing.assert_array_equal(world.coordinator.total(), world.plain(VECTORS, [*range(5)]))
+        assert world.coordinator.ready == [0, 1, 3, 4]
+        np.testing.assert_array_equal(world.sum(VECTORS), world.plain(VECTORS, [0, 1, 3, 4]))
 
 
 _TWINS = World(5, 3).set_up()

@@ -14,9 +14,11 @@ from clients.app import create_app
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from common.contract import Contract
+from common.errors import SecureSumError
 from common.fixed_point import Lattice
 from common.identity import Identity, Members
 from common.plan import CENSUS, UPDATE, lattice_of, plan_of
+from common.session import accusation
 from common.wire import (
     Advertise,
     Advertised,
@@ -41,6 +43,8 @@ LENGTH = 7
 SILENCE_S = 0.001
 
 Lost = Callable[[str, int], bool]  # (message type, node's number) -> is the message lost?
+Error = Callable[[str, int], str | None]  # the same -> the error that it is answered with
+Tamper = Callable[[Any, int], Any]  # (answer, node's number) -> the answer that is sent
 
 
 def names_of(count: int) -> list[str]:
@@ -61,9 +65,10 @@ class Bench:
     count: int
     bits: int = 32
     lost: Lost = lambda _kind, _number: False
+    error: Error = lambda _kind, _number: None
     refusing: set[int] = field(default_factory=set)
     asked: list[tuple[str, int]] = field(default_factory=list)
-    tamper: Callable[[Any, int], Any] = lambda answer, _number: answer
+    tamper: Tamper = lambda answer, _number: answer
 
     def __post_init__(self) -> None:
         identities = [Identity.generate(name) for name in names_of(self.count)]
@@ -86,7 +91,7 @@ class Bench:
         """Lose what the test wants lost."""
         kind, number = message.metadata.message_type, message.metadata.dst_node_id - FIRST_NODE
         self.asked.append((kind, number))
-        return "silent" if self.lost(kind, number) else None
+        return "silent" if self.lost(kind, number) else self.error(kind, number)
 
     def app(self) -> ClientApp:
         """Return an app whose merchants hold one vector each, without ledger and without noise."""
@@ -114,7 +119,7 @@ class Bench:
         party = self.parties.__getitem__
         answers: list[tuple[str, type[Any], Callable[[int, Any], Any]]] = [
             ("advertise", Advertise, lambda n, m: Advertised(name(n), party(n).advertise(m))),
-            ("share", Share, lambda n, m: Shared(name(n), party(n).share(m))),
+            ("share", Share, lambda n, m: Shared(name(n), party(n).share(m)[0])),
             ("census", SumRequest, summed),
             ("confirm", Confirm, lambda n, m: Confirmed(name(n), party(n).confirm(m))),
             ("reveal", Reveal, lambda n, m: Revealed(name(n), party(n).reveal(m)[0])),
@@ -177,7 +182,20 @@ class TestSums:
         bench.check(bench.ask(), [0, 1, 2, 3, 4])
         assert not bench.set_up_anew
 
-    @pytest.mark.parametrize("stage", ["advertise", "share", "census", "confirm", "reveal"])
+    @pytest.mark.parametrize("stage", ["advertise", "share"])
+    def test_too_few_in_a_session_are_asked_for_nothing(self, secure: Contract, stage: str) -> None:
+        """So that nothing is spent; once everybody is back, there is a sum."""
+        bench = Bench(secure, 5, lost=lambda kind, n: kind == f"query.{stage}" and n >= 2)
+        with pytest.raises(SecureSumError, match="too few merchants are in a session; nobody was"):
+            bench.ask()
+        assert {kind for kind, _ in bench.asked} <= {"query.advertise", "query.share"}
+        reasons = bench.cohort.reasons()
+        assert "m03: no answer within 0.001 s" in reasons
+        assert any(name.startswith(("secure sum", "session")) for name in bench.cohort.failures)
+        bench.lost = lambda _kind, _number: False
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+
+    @pytest.mark.parametrize("stage", ["census", "confirm", "reveal"])
     def test_too_many_losses_are_no_sum_with_a_reason(self, secure: Contract, stage: str) -> None:
         """Nothing is raised; once everybody is back, so is the sum."""
         bench = Bench(secure, 5, lost=lambda kind, n: kind == f"query.{stage}" and n >= 2)
@@ -249,6 +267,142 @@ class TestSums:
         bench = Bench(secure, 5, tamper=tamper)
         bench.check(bench.ask(), [0, 1, 2, 3, 4])
         assert set(bench.cohort.failures) == {f"m02 or m0{number}" for number in range(5)}
+
+
+class TestAccused:
+    """Members whose boxes or confirmations others find to be wrong."""
+
+    @staticmethod
+    def lying(liar: int, kind: type[Any], name: str, start: int, stop: int) -> Tamper:
+        """Return what makes zeros of some of the bytes that a merchant sends."""
+
+        def tamper(answer: Any, number: int) -> Any:
+            if number != liar or not isinstance(answer, kind):
+                return answer
+            raw = getattr(answer, name)
+            changed = raw[:start] + bytes(len(raw[start:stop])) + raw[stop:]
+            return kind(**{**vars(answer), name: changed})
+
+        return tamper
+
+    def test_a_wrong_confirmation_costs_no_sum(self, secure: Contract) -> None:
+        """Who finds it wrong is asked again without it; all accuse the liar, which is put out."""
+        bench = Bench(secure, 5, tamper=self.lying(2, Confirmed, "confirmations", 0, 10**6))
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        reveals = [number for kind, number in bench.asked if kind == "query.reveal"]
+        assert sorted(reveals) == [0, 0, 1, 1, 2, 3, 3, 4, 4]
+        assert bench.cohort.accusers == {"m02": {"m00", "m01", "m03", "m04"}}
+        assert "'m02' did not confirm" in bench.cohort.failures["m00"]
+        assert bench.sums._liars == {"m02"}
+        for _ in range(_RENEWAL_STEPS + 2):
+            bench.check(bench.ask(), [0, 1, 3, 4])
+            assert not bench.set_up_anew
+            assert all(number != 2 for _, number in bench.asked)
+
+    def test_who_was_put_out_is_left_out_of_later_sessions(self, secure: Contract) -> None:
+        """Also where so many are lost that a session is set up anew."""
+        bench = Bench(secure, 5, tamper=self.lying(2, Confirmed, "confirmations", 0, 10**6))
+        bench.ask()
+        bench.lost = lambda kind, number: kind == "query.census" and number == 0
+        assert bench.ask() is None
+        bench.lost = lambda _kind, _number: False
+        bench.check(bench.ask(), [0, 1, 3, 4])
+        assert bench.set_up_anew
+        assert all(number != 2 for _, number in bench.asked)
+
+    @pytest.mark.parametrize("receivers", [0, 1, 2])
+    def test_more_than_a_third_must_accuse(self, secure: Contract, receivers: int) -> None:
+        """Of five at least two: one alone, which may lie, puts nobody out."""
+        bench = Bench(
+            secure, 5, tamper=self.lying(2, Confirmed, "confirmations", 0, 16 * receivers)
+        )
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert len(bench.cohort.accusers.get("m02", ())) == receivers
+        assert bench.sums._liars == ({"m02"} if receivers == 2 else set())
+        bench.check(bench.ask(), [0, 1, 3, 4] if receivers == 2 else [0, 1, 2, 3, 4])
+
+    def test_one_accuser_is_one_however_often_it_accuses(self, secure: Contract) -> None:
+        """It is the number of members that counts; its victim stays in all sums."""
+        bench = Bench(secure, 5, tamper=self.lying(2, Confirmed, "confirmations", 0, 16))
+        for _ in range(5):
+            bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert bench.cohort.accusers == {"m02": {"m00"}}
+        assert bench.sums._liars == set()
+
+    def test_accusers_of_different_sums_add_up(self, secure: Contract) -> None:
+        """Who lies to one member at a time is put out when it has lied to too many."""
+        bench = Bench(secure, 5)
+        for number in (0, 1):
+            bench.check(bench.ask(), [0, 1, 2, 3, 4])
+            start = 16 * number
+            bench.tamper = self.lying(2, Confirmed, "confirmations", start, start + 16)
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert bench.cohort.accusers == {"m02": {"m00", "m01"}}
+        bench.check(bench.ask(), [0, 1, 3, 4])
+
+    def test_bad_boxes_for_all_cost_one_attempt(self, secure: Contract) -> None:
+        """All refuse before they mask anything; the next session has everybody but the liar."""
+        bench = Bench(secure, 5, tamper=self.lying(2, Shared, "escrow", 0, 80 * 5))
+        assert bench.ask() is None
+        assert "'m02' left a box for step 1 that is not authentic" in bench.cohort.failures["m00"]
+        assert bench.sums._liars == {"m02"}
+        bench.check(bench.ask(), [0, 1, 3, 4])
+        assert bench.set_up_anew
+        assert all(number != 2 for _, number in bench.asked)
+
+    def test_bad_boxes_for_a_later_step_too(self, secure: Contract) -> None:
+        """They come with the vector of the step before, which is summed."""
+        bench = Bench(secure, 5, tamper=self.lying(2, SumAnswer, "escrow", 0, 80 * 5))
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert bench.ask() is None
+        assert "for step 2" in bench.cohort.failures["m00"]
+        bench.check(bench.ask(), [0, 1, 3, 4])
+
+    def test_a_bad_box_for_one_puts_nobody_out(self, secure: Contract) -> None:
+        """It may be the receiver that lies; it is out of this session, its choice."""
+        bench = Bench(secure, 5, tamper=self.lying(2, Shared, "escrow", 0, 80))
+        bench.check(bench.ask(), [1, 2, 3, 4])
+        assert bench.cohort.accusers == {"m02": {"m00"}}
+        assert bench.sums._liars == set()
+
+    def test_strangers_accuse_nobody(self, secure: Contract) -> None:
+        """Only members of a group count towards a third of it."""
+        bench = Bench(secure, 5)
+        bench.cohort.accusers["m02"] = {"node 77", "m77", "m78", "m00"}
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert bench.sums._liars == set()
+
+    def test_who_always_accuses_somebody_else_is_asked_for_an_end(self, secure: Contract) -> None:
+        """A member that accuses names of its own making must not keep the coordinator busy."""
+        asked = 0
+
+        def accuse(kind: str, number: int) -> str | None:
+            nonlocal asked
+            if (kind, number) != ("query.reveal", 2):
+                return None
+            asked += 1
+            if asked > 50:  # enough to see that there is no end
+                return "the node has left"
+            return str(accusation("confirmations", f"x{asked}", "lied"))
+
+        bench = Bench(secure, 5, error=accuse)
+        bench.check(bench.ask(), [0, 1, 2, 3, 4])
+        assert asked <= 5
+
+    @pytest.mark.parametrize("kind", ["query.census", "query.reveal"])
+    def test_a_false_accuser_harms_nobody_but_itself(self, secure: Contract, kind: str) -> None:
+        """Whom it accuses stays in; the accuser is as good as silent."""
+
+        def accuse(asked: str, number: int) -> str | None:
+            return str(accusation("boxes", "m02", "lied")) if (asked, number) == (kind, 0) else None
+
+        bench = Bench(secure, 5, error=accuse)
+        there = [1, 2, 3, 4] if kind == "query.census" else [0, 1, 2, 3, 4]
+        for _ in range(3):
+            bench.check(bench.ask(), there)
+        assert bench.cohort.accusers == {"m02": {"m00"}}
+        assert bench.sums._liars == set()
 
 
 class TestRenewal:
@@ -328,6 +482,20 @@ class TestGroups:
         assert found is not None
         assert list(found.merchants) == names_of(4)
         assert bench.cohort.failures == {"m04": "left over when merchants were divided into groups"}
+
+    def test_who_is_left_over_makes_no_session_stale(self, secure: Contract) -> None:
+        """There is no room for it in a new one either; who fell out is back all the same."""
+        bench = Bench(secure, 5)
+        for number in range(_RENEWAL_STEPS + 3):
+            found = bench.ask()
+            assert found is not None
+            assert list(found.merchants) == names_of(4)
+            assert bench.set_up_anew == (number == 0)
+        bench.lost = lambda kind, number: kind == "query.census" and number == 3
+        bench.check(bench.ask(), [0, 1, 2])
+        bench.lost = lambda _kind, _number: False
+        bench.check(bench.ask(), [0, 1, 2, 3])
+        assert bench.set_up_anew
 
     def test_losses_in_one_group_leave_the_other(self, secure: Contract) -> None:
         """The sum is that of the group that could be unmasked; the next one has both again."""
