@@ -11,7 +11,7 @@ from clients.table import CustomerTable, read_table
 from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.contract import Contract, read_contract
 from common.errors import IdentityError
-from common.identity import read_identity, read_members
+from common.identity import Identity, Members, read_identity, read_members
 from common.ledger import Budget, Ledger
 
 
@@ -73,6 +73,27 @@ def _pinned(folder: Path, name: str) -> Path:
     return own if own.is_file() else folder.parent.parent / name
 
 
+def enrolment(merchant: Merchant, folder: Path) -> tuple[Identity, Members]:
+    """Return a merchant's identity and the list of members that it pinned.
+
+    Args:
+        merchant: What its file says.
+        folder: Where that file lies.
+
+    Raises:
+        IdentityError: Its key or the list is missing, or they do not agree.
+    """
+    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
+    listed = _pinned(folder, "members.toml")
+    members = read_members(listed)
+    if members.keys.get(identity.merchant) != identity.public:
+        raise IdentityError(
+            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
+            f"{merchant.merchant.key}"
+        )
+    return identity, members
+
+
 def _party(
     merchant: Merchant, contract: Contract, folder: Path, *, in_memory: bool
 ) -> SecureParty | None:
@@ -83,14 +104,7 @@ def _party(
     """
     if not contract.aggregation.secure:
         return None
-    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
-    listed = _pinned(folder, "members.toml")
-    members = read_members(listed)
-    if members.keys.get(identity.merchant) != identity.public:
-        raise IdentityError(
-            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
-            f"{merchant.merchant.key}"
-        )
+    identity, members = enrolment(merchant, folder)
     store = MemoryStore() if in_memory else FileStore(merchant.merchant.session, identity)
     minimum = max(contract.min_survivors, merchant.policy.min_cohort)
     return SecureParty(identity, members, minimum, store)

@@ -77,21 +77,11 @@ def _check_secure(merchant: "Merchant", folder: Path, contract: "Contract") -> N
     Raises:
         IdentityError: Its key or the list of members cannot be used, or they do not agree.
     """
+    from clients.joining import enrolment
     from common.contract import MAX_COHORT
-    from common.errors import IdentityError
-    from common.identity import read_identity, read_members
     from simulations.wording import counted
 
-    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
-    listed = folder / "members.toml"
-    if not listed.is_file():  # the merchants of a simulation share one: see clients.joining
-        listed = folder.parent.parent / "members.toml"
-    members = read_members(listed)
-    if members.keys.get(identity.merchant) != identity.public:
-        raise IdentityError(
-            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
-            f"{merchant.merchant.key}"
-        )
+    _, members = enrolment(merchant, folder)
     asked, counted_on = merchant.policy.min_cohort, contract.federation.min_merchants
     short = "" if len(members.keys) >= counted_on else f"; the contract counts on {counted_on:,}"
     typer.echo(

@@ -1,0 +1,25 @@
+"""The benchmarks run as their pages say, and write what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_secure_sum(tmp_path: Path) -> None:
+    """Against Flower's own functions and plain sums, in one JSON document."""
+    document = tmp_path / "secure_sum.json"
+    command = [sys.executable, "-m", "benchmarks.secure_sum", "--repeats", "1"]
+    subprocess.run([*command, "--json", str(document)], cwd=ROOT, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    figures = {
+        "n50_client_speedup", "n50_server_speedup", "mask_over_plain_add", "round20_cpu_s",
+    }  # fmt: skip
+    assert figures <= found.keys()
+    assert all(found[name] > 0 for name in figures)
+    assert found["bytes_up_over_bound"] < 1  # of 1.1 * 4 P + 200 n: no clock has a part in it
