@@ -8,7 +8,8 @@ happens once a step, on what this merchant itself checked; a refusal changes not
 nothing. A step that was not finished may be followed by the next one; it is then lost for good.
 
 Never taken from the coordinator: the threshold (from the roster's size), the smallest sum
-(from the merchant's policy and contract), who is enrolled, the model's hash. Source: Bonawitz
+(from the merchant's policy and contract), who is enrolled, the model's hash. What holds secrets
+has no text form, so that none gets into a log by chance. Source: Bonawitz
 et al. 2017, "Practical secure aggregation for privacy-preserving machine learning", the
 variant against a malicious server, with shares dealt one step ahead.
 """
@@ -60,7 +61,7 @@ class Phase(StrEnum):
     CONFIRMED = "confirmed"
 
 
-@dataclass
+@dataclass(repr=False)
 class Pair:
     """What this merchant has in common with one other member, for the session."""
 
@@ -81,7 +82,7 @@ class Label:
     attempt: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Step:
     """The step under way; forgotten when it is over."""
 
@@ -92,7 +93,7 @@ class Step:
     survivors: list[int] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(repr=False)
 class State:
     """Everything that a merchant remembers between two messages of a session."""
 
@@ -114,7 +115,7 @@ class State:
     step: Step | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prepared:
     """A step that was checked and is not begun."""
 

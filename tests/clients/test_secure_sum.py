@@ -697,3 +697,10 @@ class TestParty:
         self.session(parties)
         with pytest.raises(SecureSumError, match="another session was set up meanwhile"):
             parties[0].mask(1, slow, np.zeros(2, dtype=np.uint32))
+
+
+def test_what_holds_secrets_has_no_text() -> None:
+    """Neither a state nor what is prepared tells a secret when somebody prints it."""
+    session = World(4, 2).set_up().at(0)
+    told = repr(session.state) + repr(session.state.pairs[1])
+    assert "=" not in told
