@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from clients.enrolment import budget_of, enrolment, pinned
 from clients.features import encode
 from clients.merchant import Merchant, read_merchant
 from clients.secure_party import SecureParty
@@ -10,20 +11,12 @@ from clients.session_store import FileStore, MemoryStore
 from clients.table import CustomerTable, read_table
 from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.contract import Contract, read_contract
-from common.errors import IdentityError
-from common.identity import Identity, Members, read_identity, read_members
-from common.ledger import Budget, Ledger
+from common.ledger import Ledger
 
 
 def customers_of(table: CustomerTable, contract: Contract) -> Customers:
     """Return a table's customers as model inputs."""
     return Customers(encode(table, contract), table.labels, table.held_out)
-
-
-def budget_of(merchant: Merchant) -> Budget:
-    """Return the caps of a merchant's own policy."""
-    policy = merchant.policy
-    return Budget(policy.epsilon, policy.delta, policy.epsilon_towards_server)
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
     """
     path = path.absolute()  # a relative path has no folders to go up to
     merchant = read_merchant(path)
-    contract = read_contract(_pinned(path.parent, "contract.toml"))
+    contract = read_contract(pinned(path.parent, "contract.toml"))
     secure = _party(merchant, contract, path.parent, in_memory=in_memory)
     table = read_table(merchant, contract)
     seed = merchant.simulation.seed
@@ -65,33 +58,6 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
         noise_for=os_noise if seed is None else seeded_noise(seed, merchant.merchant.id),
     )
     return Opened(worker, table, seed)
-
-
-def _pinned(folder: Path, name: str) -> Path:
-    """Return where a file lies that a merchant pinned: beside its own or, shared, two up."""
-    own = folder / name
-    return own if own.is_file() else folder.parent.parent / name
-
-
-def enrolment(merchant: Merchant, folder: Path) -> tuple[Identity, Members]:
-    """Return a merchant's identity and the list of members that it pinned.
-
-    Args:
-        merchant: What its file says.
-        folder: Where that file lies.
-
-    Raises:
-        IdentityError: Its key or the list is missing, or they do not agree.
-    """
-    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
-    listed = _pinned(folder, "members.toml")
-    members = read_members(listed)
-    if members.keys.get(identity.merchant) != identity.public:
-        raise IdentityError(
-            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
-            f"{merchant.merchant.key}"
-        )
-    return identity, members
 
 
 def _party(

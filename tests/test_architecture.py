@@ -49,6 +49,7 @@ LIBRARIES = {
         "common/noise.py",
         "server/app.py",
         "server/publishing.py",
+        "server/secure_sum.py",
         "simulations/run.py",
     },
 }

@@ -77,7 +77,7 @@ def _check_secure(merchant: "Merchant", folder: Path, contract: "Contract") -> N
     Raises:
         IdentityError: Its key or the list of members cannot be used, or they do not agree.
     """
-    from clients.joining import enrolment
+    from clients.enrolment import enrolment
     from common.contract import MAX_COHORT
     from simulations.wording import counted
 
@@ -103,7 +103,7 @@ def _check_secure(merchant: "Merchant", folder: Path, contract: "Contract") -> N
 
 def _check_budget(merchant: "Merchant", contract: "Contract") -> None:
     """End with exit code 1 where a run would pass a cap, with all that was spent before."""
-    from clients.joining import budget_of
+    from clients.enrolment import budget_of
     from common.errors import BudgetRefusal
     from common.ledger import Ledger
     from common.plan import plan_of

@@ -237,6 +237,7 @@ class TestSimulate:
             f"**{statements.NOT_MASKED['distributed']}**" in (bundle / "MODEL_CARD.md").read_text()
         )
 
+    @pytest.mark.slow
     def test_a_generated_federation_keeps_its_ledgers(self, tmp_path: Path) -> None:
         """The second run is refused because the budget is spent, and the message says so."""
         arguments = ("generate", "f", "--preset", "smoke", "--merchants", "3")

@@ -1,0 +1,41 @@
+"""What a merchant pinned and allows, read from its folder; light, without rows or torch."""
+
+from pathlib import Path
+
+from clients.merchant import Merchant
+from common.errors import IdentityError
+from common.identity import Identity, Members, read_identity, read_members
+from common.ledger import Budget
+
+
+def budget_of(merchant: Merchant) -> Budget:
+    """Return the caps of a merchant's own policy."""
+    policy = merchant.policy
+    return Budget(policy.epsilon, policy.delta, policy.epsilon_towards_server)
+
+
+def pinned(folder: Path, name: str) -> Path:
+    """Return where a file lies that a merchant pinned: beside its own or, shared, two up."""
+    own = folder / name
+    return own if own.is_file() else folder.parent.parent / name
+
+
+def enrolment(merchant: Merchant, folder: Path) -> tuple[Identity, Members]:
+    """Return a merchant's identity and the list of members that it pinned.
+
+    Args:
+        merchant: What its file says.
+        folder: Where that file lies.
+
+    Raises:
+        IdentityError: Its key or the list is missing, or they do not agree.
+    """
+    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
+    listed = pinned(folder, "members.toml")
+    members = read_members(listed)
+    if members.keys.get(identity.merchant) != identity.public:
+        raise IdentityError(
+            f"{listed}: '{identity.merchant}' is not enrolled with the key in "
+            f"{merchant.merchant.key}"
+        )
+    return identity, members
