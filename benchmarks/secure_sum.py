@@ -86,8 +86,9 @@ class _Merchants:
         self.sessions: list[MerchantSession] = []
         for i, identity in enumerate(identities):
             session = self.timed(
-                i, partial(MerchantSession.advertise, identity, members, 2, context), 196
+                i, partial(MerchantSession.advertise, identity, members, 2, context), 0
             )
+            self.sent[i] += len(session.advert)
             self.sessions.append(session)
             self.server.take_advert(session.advert, identity.merchant)
         roster = self.server.close_roster()

@@ -348,8 +348,7 @@ class MerchantSession:
         masked = vector.copy()
         add_masks(masked, plus, minus)
         state.members = sorted(prepared.active)
-        active = sorted(prepared.active)
-        state.step = Step(prepared.label, prepared.context, active, prepared.shares)
+        state.step = Step(prepared.label, prepared.context, state.members, prepared.shares)
         state.phase = Phase.MASKED
         escrow = self._deal(prepared.step + 1, prepared.active)
         return masked, escrow.to_bytes()

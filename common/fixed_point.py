@@ -71,7 +71,7 @@ def ring_steps(ring_bits: int, max_customers: int, noise_multiplier: float, spre
 
     A number of the exact sum is at most `max_customers` sensitivities. The noise is kept room
     for up to `NOISE_REACH` standard deviations; more happens with chance below 1e-80. So
-    (max_customers + reach) * steps < 2^(ring_bits - 1).
+    (max_customers + reach) * steps <= 2^(ring_bits - 1).
 
     Args:
         ring_bits: 32 or 64.

@@ -700,7 +700,7 @@ class TestParty:
 
 
 def test_what_holds_secrets_has_no_text() -> None:
-    """Neither a state nor what is prepared tells a secret when somebody prints it."""
+    """Neither a state nor a pair's keys tell a secret when somebody prints them."""
     session = World(4, 2).set_up().at(0)
     told = repr(session.state) + repr(session.state.pairs[1])
     assert "=" not in told
