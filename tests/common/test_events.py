@@ -20,6 +20,10 @@ events = st.one_of(
 )
 
 
+class Renamed(GaussianSum):
+    """An event that somebody derived from one of ours: its meaning is not ours."""
+
+
 def test_examples_hold() -> None:
     """The docstrings' examples are true."""
     assert doctest.testmod(common.events).failed == 0
@@ -43,6 +47,17 @@ class TestDocuments:
             "count": 3,
         }
         assert document_of(PoissonGaussianSum(2.0, 1.0, 0.5, 3)) == stored
+
+    def test_meaning_is_pinned_without_sampling(self) -> None:
+        """The same promise for the other kind; and no kind may ever be removed."""
+        stored = {
+            "kind": "gaussian-sum",
+            "noise_multiplier": 2.0,
+            "sensitivity": 1.0,
+            "count": 3,
+        }
+        assert document_of(GaussianSum(2.0, 1.0, 3)) == stored
+        assert {"gaussian-sum", "poisson-gaussian-sum"} <= set(common.events._KINDS)
 
     @pytest.mark.parametrize(
         "document",
@@ -85,11 +100,25 @@ class TestCheck:
         with pytest.raises(AccountingError, match=name):
             check(GaussianSum(**numbers))
 
-    @pytest.mark.parametrize("count", [-1, 1.5, math.nan, 10**400])
+    @pytest.mark.parametrize("count", [-1, 1.5, math.nan, 10**400, True, 3.0])
     def test_counts(self, count: Any) -> None:
         """A count that is not a whole number that floats can hold is refused."""
         with pytest.raises(AccountingError, match="whole count"):
             check(GaussianSum(1.0, 1.0, count))
+
+    @pytest.mark.parametrize("name", ["noise_multiplier", "sensitivity"])
+    @pytest.mark.parametrize("value", [True, 10**400])
+    def test_no_floats(self, name: str, value: Any) -> None:
+        """A truth value, and a whole number that no float holds, are refused by name."""
+        numbers = {"noise_multiplier": 1.0, "sensitivity": 1.0, name: value}
+        with pytest.raises(AccountingError, match=name):
+            check(GaussianSum(**numbers))
+
+    @pytest.mark.parametrize("event", [None, "gaussian-sum", Renamed(1.0, 1.0)], ids=repr)
+    def test_unknown_event(self, event: Any) -> None:
+        """What is no event, even if it looks like one, is refused by its name."""
+        with pytest.raises(AccountingError, match=f"unknown privacy event {type(event).__name__}"):
+            check(event)
 
     @pytest.mark.parametrize("rate", [0.0, -0.1, 1.0001, math.nan, math.inf])
     def test_rates(self, rate: float) -> None:
@@ -117,6 +146,12 @@ class TestMerged:
     def test_counts_are_kept(self, some: list[Event]) -> None:
         """No application of a mechanism is lost."""
         assert sum(e.count for e in merged(some)) == sum(e.count for e in some)
+
+    def test_numbers_become_floats(self) -> None:
+        """The same event written with whole numbers merges to the same bytes, in any order."""
+        both: list[Event] = [GaussianSum(2, 1), GaussianSum(2.0, 1.0)]
+        assert repr(merged(both)) == repr(merged(both[::-1]))
+        assert repr(merged(both[:1])) == repr(merged(both[1:]))
 
     def test_kinds_stay_apart(self) -> None:
         """A sampled event at rate 1 is not merged into one without sampling."""
