@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from clients.app import create_app
 from clients.secure_party import SecureParty
 from clients.secure_sum import Label, MerchantSession
 from clients.session_store import MemoryStore
+from common.chain import NO_LINK, Head, body_bytes, link_after, signed_head
 from common.contract import Contract, parse_contract
 from common.fixed_point import Lattice
 from common.identity import Identity, Members
@@ -46,6 +48,7 @@ from common.wire import (
     SumAnswer,
     SumRequest,
 )
+from server.archive import Archive, make_archive, open_archive
 from server.cohort import Cohort
 from server.secure_sum import CoordinatorSession
 from server.sums import PlainSums, SecureSums
@@ -171,23 +174,29 @@ def mask_over_plain_add(merchants: int, length: int, repeats: int) -> dict[str, 
 
 
 class _Party:
-    """A merchant without customers: its vector is given."""
+    """A merchant without customers: its vector is given. Its ledger has one entry for ever."""
 
-    def __init__(self, merchant: str, vector: np.ndarray, secure: SecureParty) -> None:
-        self._merchant, self._vector, self._secure = merchant, vector, secure
+    def __init__(self, vector: np.ndarray, secure: SecureParty) -> None:
+        identity = secure.identity
+        link = link_after(NO_LINK, body_bytes({"kind": "open"}))
+        signature = identity.sign(signed_head(identity.public, 1, link))
+        self._head = Head(1, link, signature, 1, ())
+        self._merchant, self._vector, self._secure = identity.merchant, vector, secure
 
     def advertise(self, message: Advertise) -> Advertised:
-        return Advertised(self._merchant, self._secure.advertise(message))
+        advert = self._secure.advertise(message, self._head.link) if message.session else b""
+        return Advertised(self._merchant, advert, self._head.to_bytes())
 
     def share(self, message: Share) -> Shared:
-        return Shared(self._merchant, self._secure.share(message)[0])
+        return Shared(self._merchant, self._secure.share(message)[0], self._head.to_bytes())
 
     def answer(self, request: SumRequest) -> SumAnswer:
+        head = self._head.to_bytes()
         if not request.session:
-            return SumAnswer(self._merchant, "", b"", self._vector)
+            return SumAnswer(self._merchant, "", b"", head, self._vector)
         prepared = self._secure.prepare(request)
         masked, escrow = self._secure.mask(request.session, prepared, self._vector)
-        return SumAnswer(self._merchant, "", escrow, masked)
+        return SumAnswer(self._merchant, "", escrow, head, masked)
 
     def confirm(self, message: Confirm) -> Confirmed:
         return Confirmed(self._merchant, self._secure.confirm(message))
@@ -208,23 +217,42 @@ def _contract(merchants: int) -> Contract:
 
 def rounds(merchants: int, length: int, repeats: int) -> dict[str, float]:
     """Measure whole sums over the in-process grid, all parties and messages together."""
+    with TemporaryDirectory(prefix="hansa-benchmark-") as folder:
+        make_archive(Path(folder))
+        return _rounds(merchants, length, repeats, open_archive(Path(folder)))
+
+
+def _rounds(merchants: int, length: int, repeats: int, archive: Archive) -> dict[str, float]:
     contract = _contract(merchants)
     identities = [Identity.generate(f"m{i:03}") for i in range(merchants)]
-    members = Members({identity.merchant: identity.public for identity in identities})
+    keys = {identity.merchant: identity.public for identity in identities}
+    members = Members(keys, archive.identity.public)
     vectors = np.random.default_rng(0).integers(0, 2**32, (merchants, length), dtype=np.uint32)
     parties = [
-        _Party(i.merchant, vector, SecureParty(i, members, 2, MemoryStore()))
+        _Party(vector, SecureParty(i, members, 2, MemoryStore()))
         for i, vector in zip(identities, vectors, strict=True)
     ]
     app = create_app(lambda context: parties[int(context.node_config["partition-id"])])  # type: ignore[arg-type,return-value]
-    cohort = Cohort(InProcessGrid(app, merchants, {}), 60.0)
-    cohort.members = {FIRST_NODE + i: party.merchant for i, party in enumerate(identities)}
-    secure, plain = SecureSums(cohort, contract, members, "run"), PlainSums(cohort, contract)
+    nodes = {FIRST_NODE + i: party.merchant for i, party in enumerate(identities)}
+    cohort = Cohort(InProcessGrid(app, merchants, {}), 60.0, archive.witness, members, nodes)
+    secure = SecureSums(cohort, contract, "run", archive.record("run"))
+    plain = PlainSums(cohort, contract, "run")
     parameters, attempts = np.zeros(length), iter(range(10_000))
 
     def ask(way: SecureSums | PlainSums) -> float:
         request = SumRequest(
-            "run", contract.sha256, "update", 1, next(attempts), 0.0, 0, 0, b"", b"", parameters
+            "run",
+            contract.sha256,
+            "update",
+            1,
+            next(attempts),
+            0.0,
+            0,
+            0,
+            b"",
+            b"",
+            b"",
+            parameters,
         )
         seconds, found = cpu(lambda: way.ask(request, length, _LATTICE))
         expected = vectors.sum(axis=0, dtype=np.uint32)
@@ -233,6 +261,7 @@ def rounds(merchants: int, length: int, repeats: int) -> dict[str, float]:
         return seconds
 
     first = ask(secure)
+    ask(plain)  # sets up, too
     pairs = [(ask(secure), ask(plain)) for _ in range(repeats)]
     secure_s, plain_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {

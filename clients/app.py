@@ -16,7 +16,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.worker import Worker
-from common.errors import PolicyError, RunError, WireError
+from common.errors import (
+    BudgetRefusal,
+    PolicyError,
+    ReplayRefusal,
+    RunError,
+    WireError,
+    WitnessRefusal,
+)
 from common.wire import Advertise, Attest, Confirm, Reveal, Share, SumRequest, pack, unpack
 
 logger = logging.getLogger("hansa.merchant")
@@ -54,8 +61,8 @@ def _nothing_told() -> Iterator[None]:
     """Keep the text of unexpected errors here: an exception's text reaches the coordinator."""
     try:
         yield
-    except WireError:
-        raise  # speaks of the message alone; other errors name files, rows and columns
+    except (WireError, BudgetRefusal, ReplayRefusal, WitnessRefusal):
+        raise  # speak of message and budget alone; other errors name files, rows and columns
     except Exception as error:
         logger.exception("this merchant could not answer")
         raise RunError(

@@ -3,15 +3,22 @@
 from pathlib import Path
 
 from clients.merchant import Merchant
+from common.budget import Account, Budget
 from common.errors import IdentityError
 from common.identity import Identity, Members, read_identity, read_members
-from common.ledger import Budget
+from common.ledger import read_ledger
 
 
 def budget_of(merchant: Merchant) -> Budget:
     """Return the caps of a merchant's own policy."""
     policy = merchant.policy
-    return Budget(policy.epsilon, policy.delta, policy.epsilon_towards_server)
+    return Budget(
+        policy.epsilon,
+        policy.delta,
+        policy.epsilon_towards_server,
+        policy.refresh_days,
+        tuple(sorted(policy.purposes.items())),
+    )
 
 
 def pinned(folder: Path, name: str) -> Path:
@@ -39,3 +46,18 @@ def enrolment(merchant: Merchant, folder: Path) -> tuple[Identity, Members]:
             f"{merchant.merchant.key}"
         )
     return identity, members
+
+
+def spent_by(merchant: Merchant) -> Account:
+    """Return what a merchant's ledger adds up to; nothing is written.
+
+    Raises:
+        IdentityError: Its key cannot be used.
+        LedgerError: The ledger was changed, or is another merchant's.
+    """
+    budget = budget_of(merchant)
+    if not merchant.ledger.path.exists():
+        return Account(budget)
+    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
+    return read_ledger(merchant.ledger.path, budget, identity.public).account
+

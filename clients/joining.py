@@ -5,12 +5,13 @@ from pathlib import Path
 
 from clients.enrolment import budget_of, enrolment, pinned
 from clients.features import encode
-from clients.merchant import Merchant, read_merchant
+from clients.merchant import read_merchant
 from clients.secure_party import SecureParty
 from clients.session_store import FileStore, MemoryStore
 from clients.table import CustomerTable, read_table
 from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.contract import Contract, read_contract
+from common.errors import IdentityError
 from common.ledger import Ledger
 
 
@@ -45,32 +46,26 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
     path = path.absolute()  # a relative path has no folders to go up to
     merchant = read_merchant(path)
     contract = read_contract(pinned(path.parent, "contract.toml"))
-    secure = _party(merchant, contract, path.parent, in_memory=in_memory)
+    identity, members = enrolment(merchant, path.parent)
+    if not members.witness:
+        raise IdentityError(
+            f"{pinned(path.parent, 'members.toml')}: has no [witness] key; nothing is released "
+            "without a witness of the ledger"
+        )
+    secure = None
+    if contract.aggregation.secure:
+        store = MemoryStore() if in_memory else FileStore(merchant.merchant.session, identity)
+        minimum = max(contract.min_survivors, merchant.policy.min_cohort)
+        secure = SecureParty(identity, members, minimum, store)
     table = read_table(merchant, contract)
     seed = merchant.simulation.seed
     worker = Worker(
         merchant.merchant.id,
         contract,
         customers_of(table, contract),
-        Ledger(merchant.ledger.path, budget_of(merchant)),
+        Ledger(merchant.ledger.path, budget_of(merchant), identity, members.witness),
         accept_unmasked_sums=merchant.policy.accept_unmasked_sums,
         secure=secure,
         noise_for=os_noise if seed is None else seeded_noise(seed, merchant.merchant.id),
     )
     return Opened(worker, table, seed)
-
-
-def _party(
-    merchant: Merchant, contract: Contract, folder: Path, *, in_memory: bool
-) -> SecureParty | None:
-    """Return what a merchant needs for secure sums, where its contract has them.
-
-    Raises:
-        IdentityError: Its key or the list of members is missing, or they do not agree.
-    """
-    if not contract.aggregation.secure:
-        return None
-    identity, members = enrolment(merchant, folder)
-    store = MemoryStore() if in_memory else FileStore(merchant.merchant.session, identity)
-    minimum = max(contract.min_survivors, merchant.policy.min_cohort)
-    return SecureParty(identity, members, minimum, store)

@@ -16,6 +16,7 @@ from common.contract import MAX_COHORT, Section, describe
 from common.errors import PolicyError
 from common.identity import MERCHANT_ID
 
+PositiveEpsilon = Annotated[float, Field(gt=0, le=100, strict=True)]
 ColumnName = Annotated[str, Field(min_length=1)]
 
 
@@ -93,12 +94,25 @@ class Columns(Section):
 
 
 class Policy(Section):
-    """The most that this merchant spends on the privacy of one of its customers, for ever."""
+    """The most that this merchant spends on the privacy of one of its customers."""
 
     epsilon: float = Field(
         gt=0, le=100, strict=True, description="Cap on epsilon towards whoever sees sums."
     )
     delta: float = Field(gt=0, le=0.01, strict=True, description="The delta of that cap.")
+    refresh_days: float | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description="After so many days a run no longer counts against the caps. Customers that "
+        "stay go on being exposed to it: the ledger and every audit tell the lifetime's epsilon "
+        "too. Default: a run counts for ever.",
+    )
+    purposes: dict[Literal["census", "update", "evaluation", "profile"], PositiveEpsilon] = Field(
+        default_factory=dict,
+        description="What one purpose may cost alone, as epsilon, beside the cap on the whole: "
+        "`census`, `update` (training), `evaluation`, `profile`. Default: no caps of their own.",
+    )
     epsilon_towards_server: float | None = Field(
         None,
         gt=0,

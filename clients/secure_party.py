@@ -34,19 +34,27 @@ class SecureParty:
     minimum: int
     store: SessionStore
 
-    def advertise(self, message: Advertise) -> bytes:
-        """Begin a session with fresh keys; an earlier one is forgotten."""
+    def advertise(self, message: Advertise, head: bytes) -> bytes:
+        """Begin a session with fresh keys; an earlier one is forgotten.
+
+        Args:
+            message: What the coordinator sent.
+            head: Link of the last entry of this merchant's ledger.
+        """
         context = session_context(message.run, message.session, message.contract)
         session = MerchantSession.advertise(
-            self.identity, self.members, self.minimum, context, message.session
+            self.identity, self.members, self.minimum, context, message.session, head
         )
         with self.store.locked():
             self.store.save(session.state)
         return session.advert
 
     def share(self, message: Share) -> tuple[bytes, str]:
-        """Join the roster and deal the first step's shares; return them with the roster's name."""
+        """Join the roster and deal the first step's shares; return them with the roster's hash."""
+        context = session_context(message.run, message.session, message.contract)
         with self._session(message.session) as session:
+            if context != session.state.context:
+                raise SecureSumError("field 'run': this session is of another run or contract")
             return session.share(message.roster), session.state.roster_hash.hex()
 
     def prepare(self, request: SumRequest) -> Prepared:

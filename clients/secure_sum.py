@@ -16,7 +16,7 @@ variant against a malicious server, with shares dealt one step ahead.
 
 import hmac
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -30,6 +30,7 @@ from common.masks import KEY_BYTES, add_masks, expand, extract, stream_bytes
 from common.session import (
     BOX_BYTES,
     CONFIRMATION_BYTES,
+    LINK_BYTES,
     MARK_BYTES,
     MAX_STEPS,
     Advert,
@@ -149,19 +150,25 @@ class MerchantSession:
         self.state = state
 
     @classmethod
-    def advertise(
-        cls, identity: Identity, members: Members, minimum: int, context: bytes, number: int = 0
+    def advertise(  # two of them for the rare caller
+        cls,
+        identity: Identity,
+        members: Members,
+        minimum: int,
+        context: bytes,
+        number: int = 0,
+        head: bytes = bytes(LINK_BYTES),
     ) -> "MerchantSession":
-        """Begin a session with fresh keys; `advert` has what is sent."""
+        """Begin a session with fresh keys; `advert` has what is sent, and the ledger's head."""
         transport, masking = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         unsigned = Advert(
             identity.merchant,
             transport.public_key().public_bytes_raw(),
             masking.public_key().public_bytes_raw(),
+            head,
             b"",
         )
-        signature = identity.sign(unsigned.signed(context))
-        advert = Advert(unsigned.merchant, unsigned.transport, unsigned.masking, signature)
+        advert = replace(unsigned, signature=identity.sign(unsigned.signed(context)))
         state = State(
             context,
             number,

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from clients.release import noisy_sum
 from clients.secure_party import SecureParty
 from clients.training import GradientSum, clipped_gradient_sum, sampled
+from common.budget import Charge, Occasion
 from common.contract import Contract
 from common.errors import (
     BudgetRefusal,
@@ -27,6 +28,7 @@ from common.errors import (
     ReplayRefusal,
     SecureSumError,
     WireError,
+    WitnessRefusal,
 )
 from common.fixed_point import (
     MAX_SUMMANDS,
@@ -35,9 +37,9 @@ from common.fixed_point import (
     local_lattice,
     to_lattice,
 )
-from common.ledger import Budget, Ledger, Occasion
+from common.ledger import Ledger, whole_run
 from common.models import validate_for_privacy
-from common.network import network_of
+from common.network import network_of, parameters_sha256
 from common.noise import NoiseSource
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, lattice_of, plan_of
 from common.wire import (
@@ -124,7 +126,7 @@ class Worker:
         self._noise_for = noise_for
         self._repeatable = noise_for is not os_noise
         self._plan = plan_of(contract)
-        self._run_limit = Budget(contract.privacy.epsilon, contract.privacy.delta)
+        self._charges = self._plan.charges(contract.exposed_contributors)
         self._network = network_of(contract)
         self._train = customers.part(held_out=False)
         self._test = customers.part(held_out=True)
@@ -155,10 +157,8 @@ class Worker:
                     "this contract sums without secure aggregation and the merchant's policy "
                     "does not accept that (accept_unmasked_sums = false)"
                 )
-            contributors = self.contract.exposed_contributors
-            self.ledger.check_affordable(
-                self._plan.events(), self._plan.events_towards_server(contributors)
-            )
+            occasion = whole_run(message.run, message.contract)
+            self.ledger.check_affordable(occasion, self._charges)
         except HansaError as refusal:
             return Attested(self.merchant, _told(refusal), self._repeatable)
         return Attested(self.merchant, "", self._repeatable)
@@ -168,18 +168,37 @@ class Worker:
         return self.contract.aggregation.secure or self._accept_unmasked_sums
 
     def advertise(self, message: Advertise) -> Advertised:
-        """Begin a session of secure sums; raises `WireError` where this merchant has none."""
+        """Reserve what the run may cost; begin a session where its sums are secure.
+
+        Raises:
+            WireError: The message is of another contract, or this merchant accepts no such sums.
+            LedgerError: The ledger refuses.
+        """
         self._check_contract(message.contract)
-        return Advertised(self.merchant, self._party.advertise(message))
+        self._check_sums()
+        head = self.ledger.reserve(
+            whole_run(message.run, message.contract),
+            self._charges,
+            self._plan.last(self.contract.training.rounds),
+            message.countersigned,
+        )
+        if not self.contract.aggregation.secure:
+            return Advertised(self.merchant, b"", head.to_bytes())
+        return Advertised(self.merchant, self._party.advertise(message, head.link), head.to_bytes())
 
     def share(self, message: Share) -> Shared:
         """Join a session; raises `SecureSumError` where its roster is not to be trusted."""
-        escrow, roster = self._party.share(message)
+        self._check_contract(message.contract)
+        party = self._party
+        self.ledger.accept(message.countersigned)  # if it is refused, the session stays as it is
+        escrow, roster = party.share(message)
         try:
-            self.ledger.take_step(f"{roster}/0")
+            head = self.ledger.join(
+                message.run, message.session, roster, len(message.roster), message.countersigned
+            )
         except ReplayRefusal as refusal:
             raise SecureSumError(f"field 'roster': {refusal}") from None
-        return Shared(self.merchant, escrow)
+        return Shared(self.merchant, escrow, head.to_bytes())
 
     def confirm(self, message: Confirm) -> Confirmed:
         """Vouch for who is in a sum; raises `SecureSumError` where that would be unsafe."""
@@ -191,6 +210,7 @@ class Worker:
         self.ledger.note_sum(label.run, label.stage, label.round, label.attempt, survivors)
         if (label.stage, label.round) == self._plan.last(self.contract.training.rounds):
             self._party.forget()
+            self.ledger.settle(label.run)
         return Revealed(self.merchant, shares)
 
     @property
@@ -211,19 +231,23 @@ class Worker:
         try:
             release = self._checked(request)
             prepared = self._party.prepare(request) if secure else None
-            self.ledger.charge(
+            head = self.ledger.release(
                 Occasion(
                     request.run, request.stage, request.round, request.attempt, request.contract
                 ),
-                release.event,
-                release.towards_server(self.contract.exposed_contributors),
-                self._run_limit,
+                Charge(
+                    release.stage,
+                    release.event,
+                    release.towards_server(self.contract.exposed_contributors),
+                ),
+                parameters_sha256(request.parameters),
                 "" if prepared is None else prepared.name,
-            )
+                request.countersigned,
+            ).to_bytes()
         except SecureSumError:
             raise
         except (WireError, LedgerError) as refusal:
-            return SumAnswer(self.merchant, _told(refusal), b"", np.zeros(0, dtype=dtype))
+            return SumAnswer(self.merchant, _told(refusal), b"", b"", np.zeros(0, dtype=dtype))
         noise = self._noise_for(request.stage, request.round, request.attempt)
         if request.stage == UPDATE and self.contract.training.mode == "local":
             multiples = self._local_update(release, request, noise)
@@ -231,15 +255,14 @@ class Worker:
             multiples = self._noisy(release, self._exact(release, request), noise)
         vector = lattice_of(release, self.contract).to_ring(multiples)
         if prepared is None:
-            return SumAnswer(self.merchant, "", b"", vector)
+            return SumAnswer(self.merchant, "", b"", head, vector)
         masked, escrow = self._party.mask(request.session, prepared, vector)
-        return SumAnswer(self.merchant, "", escrow, masked)
+        return SumAnswer(self.merchant, "", escrow, head, masked)
 
     def _checked(self, request: SumRequest) -> Release:
         """Return the planned release that a request asks for."""
         self._check_contract(request.contract)
-        if not self._accepts_sums:
-            raise WireError("this merchant does not accept sums without secure aggregation")
+        self._check_sums()
         rounds = self.contract.training.rounds
         release = self._plan.release_of(request.stage, request.round, rounds)
         if release is None:
@@ -259,6 +282,10 @@ class Worker:
                 f"field 'contract': this merchant pinned contract {self._contract_sha256[:16]}…, "
                 "the run has another; compare the files"
             )
+
+    def _check_sums(self) -> None:
+        if not self._accepts_sums:
+            raise WireError("this merchant does not accept sums without secure aggregation")
 
     def _exact(self, release: Release, request: SumRequest) -> Float[np.ndarray, " P"]:
         """Return the exact sum over this merchant's customers; it must not leave as it is."""
@@ -322,7 +349,8 @@ class Worker:
 
 def _told(refusal: HansaError) -> str:
     """Return what the coordinator may read of a refusal: no path, nothing of this machine."""
-    if isinstance(refusal, LedgerError) and not isinstance(refusal, BudgetRefusal | ReplayRefusal):
+    told = BudgetRefusal | ReplayRefusal | WitnessRefusal
+    if isinstance(refusal, LedgerError) and not isinstance(refusal, told):
         logger.error("%s", refusal)
         return "the merchant's ledger cannot be used; its own log says why"
     return str(refusal)

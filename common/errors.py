@@ -9,10 +9,12 @@
     │   └── SecureSumError a message breaks a rule that keeps single vectors hidden
     ├── LedgerError       the ledger cannot be read or written
     │   ├── BudgetRefusal a charge would pass the merchant's cap
-    │   └── ReplayRefusal a release was asked for a second time
+    │   ├── ReplayRefusal a release was asked for a second time
+    │   └── WitnessRefusal the witness did not see, or saw more than, what the ledger holds
     ├── AccountingError   an epsilon or a noise multiplier cannot be given safely
     ├── RunError          a federated run cannot start or go on
-    └── BundleError       a published bundle is incomplete or was changed
+    ├── BundleError       a published bundle is incomplete or was changed
+    └── EvidenceError     evidence for an audit is incomplete, unsafe to read, or was changed
 
 Messages name what was wrong, where, and what to do. They never hold a value of a
 customer's row: the text of an exception may travel to the server.
@@ -59,6 +61,10 @@ class ReplayRefusal(LedgerError):
     """A release was asked for a second time."""
 
 
+class WitnessRefusal(LedgerError):
+    """The witness did not see, or saw more than, what the ledger holds."""
+
+
 class AccountingError(HansaError):
     """An epsilon or a noise multiplier cannot be given safely."""
 
@@ -69,3 +75,7 @@ class RunError(HansaError):
 
 class BundleError(HansaError):
     """A published bundle is incomplete or was changed."""
+
+
+class EvidenceError(HansaError):
+    """Evidence for an audit is incomplete, unsafe to read, or was changed."""

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 
-from common.errors import IdentityError
+from common.errors import IdentityError, WireError
 from common.masks import expand
 
 MERCHANT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -53,9 +53,16 @@ class Identity:
 
 @dataclass(frozen=True)
 class Members:
-    """Who is enrolled: merchant id -> public key."""
+    """Who is enrolled: merchant id -> public key, and the key of the witness of ledgers."""
 
     keys: dict[str, bytes]
+    witness: bytes = b""  # empty: none is pinned, and nothing can be released
+
+    def key_of(self, merchant: str) -> bytes:
+        """Return an enrolled merchant's public key; raises `WireError` for anybody else."""
+        if merchant not in self.keys:
+            raise WireError(f"field 'merchant': '{merchant[:64]}' is not enrolled")
+        return self.keys[merchant]
 
     def verify(self, merchant: str, message: bytes, signature: bytes) -> bool:
         """Tell whether an enrolled merchant signed the message."""
@@ -100,8 +107,8 @@ def read_identity(merchant: str, path: Path) -> Identity:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise IdentityError(
-            f"{path}: there is no identity key; secure sums need one (merchant.key in "
-            "merchant.toml)"
+            f"{path}: there is no identity key; it signs the ledger and makes secure sums (a "
+            "merchant's is named by merchant.key in merchant.toml)"
         ) from None
     except (OSError, UnicodeDecodeError):
         raise IdentityError(f"{path}: cannot be read as an identity key") from None
@@ -112,23 +119,34 @@ def read_identity(merchant: str, path: Path) -> Identity:
     return Identity(merchant, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(text)))
 
 
+def members_toml(members: Members) -> str:
+    """Write the list of members as TOML, sorted, without anybody's comments."""
+    import tomli_w
+
+    document: dict[str, dict[str, str]] = {
+        "members": {name: key.hex() for name, key in sorted(members.keys.items())}
+    }
+    if members.witness:
+        document["witness"] = {"key": members.witness.hex()}
+    return tomli_w.dumps(document)
+
+
 def write_members(members: Members, path: Path) -> None:
     """Write the list of members.
 
     Raises:
         IdentityError: The file cannot be written.
     """
-    import tomli_w
-
-    document = {"members": {name: key.hex() for name, key in sorted(members.keys.items())}}
     try:
-        path.write_text(tomli_w.dumps(document), encoding="utf-8")
+        path.write_text(members_toml(members), encoding="utf-8")
     except OSError as error:
         raise IdentityError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_members(path: Path) -> Members:
-    """Read `members.toml`: a table `members` of merchant id -> public key in hexadecimal.
+    """Read `members.toml`: tables `members` (id -> public key) and `witness` (its `key`).
+
+    Keys are in hexadecimal.
 
     Raises:
         IdentityError: The file is missing, is not TOML, or holds something else, a bad key, or
@@ -138,20 +156,30 @@ def read_members(path: Path) -> Members:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise IdentityError(
-            f"{path}: there is no list of members; secure sums need the enrolled public keys"
+            f"{path}: there is no list of members; it names the enrolled public keys and the "
+            "witness"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise IdentityError(f"{path}: cannot be read as TOML ({error})") from None
-    listed = document.get("members")
-    if set(document) != {"members"} or not isinstance(listed, dict):
-        raise IdentityError(f'{path}: expected one table [members] of id = "public key"')
+    listed, witness = document.get("members"), document.get("witness", {"key": ""})
+    if not {"members"} <= set(document) <= {"members", "witness"} or not isinstance(listed, dict):
+        raise IdentityError(
+            f'{path}: expected one table [members] of id = "public key" and one [witness] with key'
+        )
+    if not isinstance(witness, dict) or set(witness) != {"key"}:
+        raise IdentityError(f"{path}: witness: expected one entry, key")
     keys: dict[str, bytes] = {}
     for name, text in listed.items():
         if not re.fullmatch(MERCHANT_ID, name):
             raise IdentityError(f"{path}: members: '{name[:64]}' is no merchant id")
-        if not isinstance(text, str) or not re.fullmatch(r"[0-9a-f]{64}", text):
-            raise IdentityError(f"{path}: members.{name}: expected 64 hexadecimal digits")
-        keys[name] = bytes.fromhex(text)
-    if len(set(keys.values())) != len(keys):
+        keys[name] = _public_key(text, f"{path}: members.{name}")
+    witness_key = _public_key(witness["key"], f"{path}: witness.key") if witness["key"] else b""
+    if len({*keys.values(), witness_key}) != len(keys) + 1:
         raise IdentityError(f"{path}: two members have the same public key")
-    return Members(keys)
+    return Members(keys, witness_key)
+
+
+def _public_key(text: object, where: str) -> bytes:
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise IdentityError(f"{where}: expected 64 hexadecimal digits")
+    return bytes.fromhex(text)

@@ -1,268 +1,487 @@
 """A merchant's ledger: what was released, charged before it is computed.
 
-One SQLite file a merchant. A charge checks the cap and is written in one transaction; it is
-never taken back, so a crash after a charge leaves it spent. The same (run, stage, round,
-attempt) can be charged once only: a server that asks twice is refused. Rows are never changed
-or deleted (triggers refuse it). Refusals are rows too.
+One SQLite file a merchant. Its entries are chained by hashes and signed with the merchant's
+identity (`common.chain`); rows are never changed or deleted (triggers refuse it). A run goes
+
+    reserve -> countersigned by the witness -> release, release, ... -> settle
+
+`reserve` charges all that a run may ask for; nothing is computed for a run before the pinned
+witness, which the coordinator runs, has countersigned that reservation. Each release is an entry
+of its own before it is computed, once for (run, stage, round, attempt), and only if the
+reservation covers it. What the entries add up to is worked out in `common.budget`.
+
+Every check and its entry are one transaction under SQLite's write lock, on entries read under
+that lock: several processes may use one file, one of them writes. A copy, an older backup or a
+shortened file holds no entry that the witness countersigned last: both sides find that out.
 """
 
-import json
+import hashlib
+import os
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.accounting import epsilon
-from common.errors import AccountingError, BudgetRefusal, LedgerError, ReplayRefusal
-from common.events import Event, from_document, merged, to_document
+from common import statements
+from common.budget import DAY_S, WHOLE_RUN, Account, Budget, Charge, Occasion
+from common.chain import (
+    NO_LINK,
+    Countersignature,
+    Entry,
+    Head,
+    Seen,
+    body_bytes,
+    is_signed,
+    link_after,
+    signed_head,
+)
+from common.errors import (
+    AccountingError,
+    BudgetRefusal,
+    LedgerError,
+    ReplayRefusal,
+    WireError,
+    WitnessRefusal,
+)
+from common.identity import Identity
+from common.versions import code_sha256, hansa_version
 
+_ACCOUNTANT = (
+    "closed form for sums over all customers; for sampled ones an upper bound by RDP or, where "
+    "that says no, the larger of Opacus PRV and dp-accounting PLD"
+)
 _PATIENCE_S = 30.0  # to wait for another process that writes
+_BROKEN = (sqlite3.Error, UnicodeDecodeError)  # the latter where its message holds broken bytes
+
+_LAST = (  # each takes one number, this one for nothing
+    "SELECT body, signature, seq, at FROM countersignature WHERE seq >= ? "
+    "ORDER BY number DESC LIMIT 1"
+)
+_FIRST = _LAST.replace("DESC", "ASC")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (
     seq INTEGER PRIMARY KEY,
-    at REAL NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('charge', 'refusal')),
-    run TEXT NOT NULL,
-    stage TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    event TEXT NOT NULL,
-    towards_server TEXT NOT NULL,
-    contract TEXT NOT NULL,
-    reason TEXT NOT NULL
+    body BLOB NOT NULL,
+    link BLOB NOT NULL,
+    signature BLOB NOT NULL
 ) STRICT;
-CREATE UNIQUE INDEX IF NOT EXISTS once ON entry (run, stage, round, attempt)
-    WHERE kind = 'charge';
-CREATE UNIQUE INDEX IF NOT EXISTS refused_once ON entry (run, stage, round, attempt)
-    WHERE kind = 'refusal';
-CREATE TABLE IF NOT EXISTS secure_sum (
-    run TEXT NOT NULL,
-    stage TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    survivors INTEGER NOT NULL,
-    PRIMARY KEY (run, stage, round, attempt)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS secure_step (step TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS step_no_update BEFORE UPDATE ON secure_step
+CREATE TABLE IF NOT EXISTS countersignature (
+    number INTEGER PRIMARY KEY,
+    seq INTEGER NOT NULL,
+    at REAL NOT NULL,
+    body BLOB NOT NULL,
+    signature BLOB NOT NULL
+) STRICT;
+"""
+_APPEND_ONLY = """
+CREATE TRIGGER IF NOT EXISTS TABLE_no_update BEFORE UPDATE ON TABLE
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS step_no_delete BEFORE DELETE ON secure_step
+CREATE TRIGGER IF NOT EXISTS TABLE_no_delete BEFORE DELETE ON TABLE
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS step_no_replace BEFORE INSERT ON secure_step
-    WHEN EXISTS (SELECT 1 FROM secure_step WHERE step = NEW.step)
-    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS sum_no_update BEFORE UPDATE ON secure_sum
-    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS sum_no_delete BEFORE DELETE ON secure_sum
-    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS sum_no_replace BEFORE INSERT ON secure_sum
-    WHEN EXISTS (
-        SELECT 1 FROM secure_sum WHERE run = NEW.run AND stage = NEW.stage
-            AND round = NEW.round AND attempt = NEW.attempt
-    )
-    BEGIN SELECT RAISE(IGNORE); END;
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entry
-    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entry
-    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS no_replace BEFORE INSERT ON entry
-    WHEN EXISTS (
-        SELECT 1 FROM entry WHERE seq = NEW.seq OR (
-            kind = 'charge' AND NEW.kind = 'charge' AND run = NEW.run AND stage = NEW.stage
-            AND round = NEW.round AND attempt = NEW.attempt
-        )
-    )
+CREATE TRIGGER IF NOT EXISTS TABLE_in_order BEFORE INSERT ON TABLE
+    WHEN NEW.KEY IS NOT (SELECT coalesce(max(KEY), 0) + 1 FROM TABLE)
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A cap on everything charged: the merchant's over all runs, or a contract's over one."""
-
-    epsilon: float  # towards whoever sees sums
-    delta: float
-    # epsilon towards whoever sees single messages; None: no cap
-    towards_server: float | None = None
-
-
-@dataclass(frozen=True)
-class Occasion:
-    """What a charge is for; the same occasion is charged once only."""
-
-    run: str
-    stage: str
-    round: int
-    attempt: int
-    contract: str  # SHA-256 of the contract
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the ledger."""
-
-    seq: int
-    kind: str  # "charge" or "refusal"
-    occasion: Occasion
-    event: Event  # towards whoever sees sums
-    towards_server: Event  # towards whoever sees this merchant's single message
-    reason: str
+for _table, _key in (("entry", "seq"), ("countersignature", "number")):
+    _SCHEMA += (
+        _APPEND_ONLY.replace("ON TABLE", f"ON {_table}")
+        .replace("FROM TABLE", f"FROM {_table}")
+        .replace("TABLE_", f"{_table}_")
+        .replace("KEY", _key)
+    )
 
 
 class Ledger:
-    """The ledger in one file. Several processes may use the file; SQLite orders them.
+    """The ledger in one file.
 
     Args:
         path: The SQLite file; made when it is not there.
-        budget: The cap that no charge may pass.
+        budget: The caps that no charge may pass.
+        identity: Signs the entries; a ledger has one identity for ever.
+        witness: Public key of the witness, pinned; empty where there is none, then nothing can
+            be released.
+        now: The merchant's clock, seconds since 1970.
 
     Raises:
-        LedgerError: The file cannot be opened as a ledger.
+        LedgerError: The file cannot be opened, is no ledger of this merchant, or was changed.
     """
 
-    def __init__(self, path: Path, budget: Budget) -> None:
+    def __init__(
+        self,
+        path: Path,
+        budget: Budget,
+        identity: Identity,
+        witness: bytes,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self.path = path
         self.budget = budget
+        self._identity = identity
+        self._witness = witness
+        self._now = now
+        self._lock = threading.RLock()  # one thread at a time; SQLite's lock is for processes
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        self._forget()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as connection:
-                connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
-        except (OSError, sqlite3.Error) as error:
+            self._connection = self._connect()
+            self._connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
+            self._file = _file_at(path)
+        except (OSError, *_BROKEN) as error:
+            self.close()
             raise LedgerError(f"{path}: cannot be opened as a ledger ({error})") from None
-        self._connection: sqlite3.Connection | None = None
-        self._totals: dict[tuple[str, str], tuple[Event, ...]] = {}
-        self._seen = 0
+        with self._transaction() as connection:
+            if not self._seq:
+                self._append(connection, self._opening())
 
-    def charge(
-        self,
-        occasion: Occasion,
-        event: Event,
-        towards_server: Event,
-        run_limit: Budget | None = None,
-        step: str = "",
-    ) -> None:
-        """Pay for one release, before it is computed.
+    @property
+    def identity(self) -> Identity:
+        """Return whose ledger this is; its key signs evidence too."""
+        return self._identity
 
-        Args:
-            occasion: What the release is for.
-            event: The release towards whoever sees sums.
-            towards_server: The release towards whoever sees this merchant's single message.
-            run_limit: What the contract allows for the whole run, if that is to be held.
-            step: Names the step of a secure sum that the release is masked in; never charged
-                twice, so that a session's file put back from a copy masks nothing again.
+    def _opening(self) -> dict[str, Any]:
+        return {
+            "kind": "open",
+            "v": 1,
+            "ledger": os.urandom(16).hex(),
+            "merchant": self._identity.merchant,
+            "key": self._identity.public.hex(),
+            "unit": statements.UNIT,
+            "relation": statements.RELATION,
+            **_running(),
+        }
+
+    def accept(self, countersigned: bytes) -> None:
+        """Keep what the witness countersigned, if it is newer than what is kept.
 
         Raises:
-            BudgetRefusal: The merchant's cap or the run's limit would be passed; the refusal is
-                written down.
-            ReplayRefusal: The occasion or the step was charged before.
-            LedgerError: The file cannot be written.
+            WitnessRefusal: The witness saw an entry that is not in this ledger.
+            WireError: The pinned witness did not sign it, or it is of another ledger.
+            LedgerError: The file cannot be used.
         """
         with self._transaction() as connection:
-            self._read_new(connection)
-            reason = self._over_cap((event,), (towards_server,))
-            if not reason and run_limit is not None:
-                after = epsilon((*self._total("run", occasion.run), event), run_limit.delta)
-                if _above(after, run_limit.epsilon):
-                    reason = (
-                        f"would bring this run to epsilon {after:.4g}, its contract allows "
-                        f"{run_limit.epsilon:.4g} at delta {run_limit.delta:.3g}"
-                    )
-            kind = "refusal" if reason else "charge"
-            try:
-                self._append(connection, kind, occasion, event, towards_server, reason)
-            except sqlite3.IntegrityError:
-                raise ReplayRefusal(
-                    f"{occasion.stage} of round {occasion.round}, attempt {occasion.attempt}, was "
-                    "released before in this run; a second release needs an attempt of its own"
-                ) from None
-            if step and not reason:
-                self._append_step(connection, step)
-        if reason:
-            raise BudgetRefusal(f"{occasion.stage} of round {occasion.round} {reason}")
+            self._accept(connection, countersigned)
 
-    def check_affordable(
-        self, events: Sequence[Event], towards_server: Sequence[Event] = ()
-    ) -> None:
-        """Raise a `BudgetRefusal` if these further releases together would pass the cap."""
+    def _accept(self, connection: sqlite3.Connection, countersigned: bytes) -> int | None:
+        """Return the number of the entry that the sender saw last; None if it saw none."""
+        if not countersigned:
+            return None
+        found = Countersignature.from_bytes(countersigned)
+        seen = found.opened(self._witness, self._identity.public)
+        self._check_held(connection, seen)
+        row = connection.execute(
+            "SELECT number, seq, at FROM countersignature ORDER BY number DESC LIMIT 1"
+        ).fetchone()
+        number, *latest = row or (0, 0, 0.0)
+        if [seen.seq, seen.at] > latest:
+            connection.execute(
+                "INSERT INTO countersignature VALUES (?, ?, ?, ?, ?)",
+                (number + 1, seen.seq, seen.at, found.body, found.signature),
+            )
+        return seen.seq
+
+    def _kept(self, connection: sqlite3.Connection, since: int = 0) -> Seen | None:
+        """Return the last countersignature that is kept, or the first that covers an entry."""
+        row = connection.execute(_FIRST if since else _LAST, (since,)).fetchone()
+        if row is None:
+            return None
+        try:
+            seen = Countersignature(*row[:2]).opened(self._witness, self._identity.public)
+        except (WireError, TypeError):
+            seen = None
+        if seen is None or (seen.seq, seen.at) != row[2:]:
+            raise LedgerError(
+                f"{self.path}: holds a countersignature that was changed, or that is not of the "
+                "pinned witness"
+            )
+        return seen
+
+    def _check_held(self, connection: sqlite3.Connection, seen: Seen) -> None:
+        row = connection.execute("SELECT link FROM entry WHERE seq = ?", (seen.seq,)).fetchone()
+        if row is None or row[0] != seen.link:
+            raise WitnessRefusal(
+                f"the witness saw an entry {seen.seq} that this merchant's ledger does not hold; "
+                "the ledger was put back from a copy, or is one of two"
+            )
+
+    def reserve(
+        self,
+        occasion: Occasion,
+        charges: Sequence[Charge],
+        last: tuple[str, int],
+        countersigned: bytes = b"",
+    ) -> Head:
+        """Charge all that a run may release; once a run, later calls change nothing.
+
+        Args:
+            occasion: Run and contract.
+            charges: Everything the run may release, counts included.
+            last: Stage and round of the run's last sum.
+            countersigned: What the witness saw last, if anything.
+
+        Returns:
+            The ledger's last entry, as an extension of what the witness saw.
+
+        Raises:
+            BudgetRefusal: A cap of the merchant would be passed; the refusal is written down.
+            LedgerError: The file cannot be used.
+        """
         with self._transaction() as connection:
-            self._read_new(connection)
-            reason = self._over_cap(events, towards_server)
+            since = self._accept(connection, countersigned)
+            account = self._account.runs.get(occasion.run)
+            if account is None:
+                self._settle_finished(connection)
+                self._expire_old(connection)
+                reason = self._account.refusal_of(charges)
+                if reason:
+                    self._refuse(connection, occasion, reason)
+                else:
+                    self._append(connection, self._reservation(occasion, charges, last))
+            elif account.contract != occasion.contract:
+                raise BudgetRefusal("the run was reserved for under another contract")
+            else:
+                reason = ""
+            head = self._head(connection, since)
+        if reason:
+            raise BudgetRefusal(f"the run {reason}")
+        return head
+
+    def _reservation(
+        self, occasion: Occasion, charges: Sequence[Charge], last: tuple[str, int]
+    ) -> dict[str, Any]:
+        account = self._account
+        return {
+            "kind": "reserve",
+            "run": occasion.run,
+            "contract": occasion.contract,
+            "releases": [charge.document for charge in charges],
+            "last": list(last),
+            "policy": self.budget.document,
+            "before": account.spent(),
+            "after": account.spent(charges),
+            "lifetime": account.spent(charges, lifetime=True),
+            "accountant": _ACCOUNTANT,
+            **_running(),
+        }
+
+    def _settle_finished(self, connection: sqlite3.Connection) -> None:
+        """Settle runs whose last sum was asked for."""
+        for name, account in list(self._account.runs.items()):
+            if account.finished and not account.settled:
+                self._append(connection, {"kind": "settle", "run": name})
+
+    def _expire_old(self, connection: sqlite3.Connection) -> None:
+        """Let runs expire that are older than the refresh period, by both clocks.
+
+        The earlier clock tells the time and the later one when a run was charged: neither the
+        witness nor this machine can hurry the period alone.
+        """
+        seen = self._kept(connection)
+        if seen is not None:
+            for name in sorted(self._old(connection, min(self._now(), seen.at))):
+                self._append(connection, {"kind": "expire", "run": name})
+
+    def _old(self, connection: sqlite3.Connection, today: float) -> set[str]:
+        """Return the runs that are older than the refresh period and did not expire yet."""
+        period, runs = self.budget.refresh_days, self._account.runs.items()
+        if period is None:
+            return set()
+        return {
+            name
+            for name, run in runs
+            if not run.expired
+            and today - self._charged_at(connection, run.latest, run.at) >= period * DAY_S
+        }
+
+    def _charged_at(self, connection: sqlite3.Connection, seq: int, at: float) -> float:
+        """Return when an entry was made: the later of two clocks, never if no witness saw it."""
+        seen = self._kept(connection, seq)
+        return float("inf") if seen is None else max(at, seen.at)
+
+    def check_affordable(self, occasion: Occasion, charges: Sequence[Charge]) -> None:
+        """Raise a `BudgetRefusal`, written down, if a run would pass a cap.
+
+        Of a run that is reserved already nothing more is asked. Whether older runs expired is
+        taken from this machine's clock alone: the witness's is asked when the run is reserved.
+        """
+        with self._transaction() as connection:
+            if occasion.run in self._account.runs:
+                return
+            self._settle_finished(connection)
+            reason = self._account.refusal_of(charges, self._old(connection, self._now()))
+            if reason:
+                self._refuse(connection, occasion, reason)
         if reason:
             raise BudgetRefusal(f"the run {reason}")
 
-    def _over_cap(self, events: Sequence[Event], towards_server: Sequence[Event]) -> str:
-        """Return why the merchant's cap does not allow these releases, or nothing."""
-        budget = self.budget
-        for column, new, cap, whom in (
-            ("event", events, budget.epsilon, ""),
-            ("towards_server", towards_server, budget.towards_server, " towards the server"),
-        ):
-            if cap is None:
-                continue
-            after = epsilon((*self._total(column), *new), budget.delta)
-            if _above(after, cap):
-                return (
-                    f"would bring this merchant to epsilon {after:.4g}{whom}, its cap is {cap:.4g} "
-                    f"at delta {budget.delta:.3g}"
-                )
-        return ""
-
-    def entries(self, run: str | None = None) -> list[Entry]:
-        """Return all entries in order, of one run if it is named."""
-        with self._transaction() as connection:
-            rows = connection.execute(
-                "SELECT seq, kind, run, stage, round, attempt, contract, event, towards_server, "
-                "reason FROM entry WHERE ?1 IS NULL OR run = ?1 ORDER BY seq",
-                (run,),
-            ).fetchall()
-        return [
-            Entry(
-                row[0],
-                row[1],
-                Occasion(*row[2:7]),
-                self._event(row[7]),
-                self._event(row[8]),
-                row[9],
-            )
-            for row in rows
-        ]
-
-    def take_step(self, step: str) -> None:
-        """Write down that a step of a secure sum was taken, where it is charged nothing.
+    def join(
+        self, run: str, session: int, roster: str, members: int, countersigned: bytes = b""
+    ) -> Head:
+        """Write down that a session of secure sums is joined.
 
         Raises:
-            ReplayRefusal: It was taken before.
-            LedgerError: The file cannot be written.
+            ReplayRefusal: It was joined before.
+            LedgerError: Nothing is reserved for the run, or the file cannot be used.
         """
         with self._transaction() as connection:
-            self._append_step(connection, step)
+            since = self._accept(connection, countersigned)
+            self._check_witnessed(connection, run)
+            self._check_step(f"{roster}/0")
+            self._append(
+                connection,
+                {
+                    "kind": "join",
+                    "run": run,
+                    "session": session,
+                    "roster": roster,
+                    "members": members,
+                },
+            )
+            return self._head(connection, since)
+
+    def release(
+        self,
+        occasion: Occasion,
+        charge: Charge,
+        parameters: str,
+        step: str = "",
+        countersigned: bytes = b"",
+    ) -> Head:
+        """Write down one release, before it is computed.
+
+        Args:
+            occasion: What the release is for.
+            charge: The release.
+            parameters: SHA-256 of the model that was shown.
+            step: Names the step of a secure sum that the release is masked in; never taken
+                twice, so that a session's file put back from a copy masks nothing again.
+            countersigned: What the witness saw last, if anything.
+
+        Returns:
+            The ledger's last entry, as an extension of what the witness saw.
+
+        Raises:
+            BudgetRefusal: The run's reservation does not cover it; the refusal is written down.
+            ReplayRefusal: The occasion or the step was released before; written down too.
+            WitnessRefusal: No countersignature covers the reservation.
+            LedgerError: The file cannot be used.
+        """
+        with self._transaction() as connection:
+            since = self._accept(connection, countersigned)
+            refusal = self._refusal_of_release(occasion, charge, step)
+            if refusal is None:
+                self._check_witnessed(connection, occasion.run)
+                self._append(
+                    connection,
+                    {
+                        "kind": "release",
+                        **_named(occasion),
+                        **charge.document,
+                        "parameters": parameters,
+                        "step": step,
+                    },
+                )
+                return self._head(connection, since)
+            self._refuse(connection, occasion, str(refusal))
+        raise refusal
+
+    def _refusal_of_release(
+        self, occasion: Occasion, charge: Charge, step: str
+    ) -> BudgetRefusal | ReplayRefusal | None:
+        where = f"{occasion.stage} of round {occasion.round}"
+        account = self._account.runs.get(occasion.run)
+        what = (occasion.stage, occasion.round, occasion.attempt)
+        if account is not None and what in account.released:
+            return ReplayRefusal(
+                f"{where}, attempt {occasion.attempt}, was released before in this run; a second "
+                "release needs an attempt of its own"
+            )
+        reason = self._account.refusal_of_release(occasion, charge)
+        if reason:
+            return BudgetRefusal(f"{where} {reason}")
+        try:
+            self._check_step(step)
+        except ReplayRefusal as refusal:
+            return refusal
+        return None
+
+    def _check_step(self, step: str) -> None:
+        if step and step in self._account.steps:
+            raise ReplayRefusal(
+                "this step of the secure sum was taken before; was the session's file put back?"
+            )
+
+    def _check_witnessed(self, connection: sqlite3.Connection, run: str) -> None:
+        account = self._account.runs.get(run)
+        if account is None:
+            raise BudgetRefusal("nothing is reserved for this run in the merchant's ledger")
+        seen = self._kept(connection)
+        if seen is None or seen.seq < account.seq:
+            raise WitnessRefusal(
+                "the witness did not countersign what this merchant reserved for the run; nothing "
+                "is computed without"
+            )
 
     def note_sum(self, run: str, stage: str, number: int, attempt: int, survivors: int) -> None:
         """Write down how many merchants' noise is in a secure sum that this one helped unmask.
 
         What was charged stays charged: the charge counts on the fewest survivors. The number
         tells what noise was achieved. A second note for the same sum is ignored. The note
-        reaches the disk with the next charge; a power cut before may lose it, never a charge.
+        reaches the disk with the next entry; a power cut before may lose it, never a charge.
 
         Raises:
             LedgerError: The file cannot be written.
         """
         with self._transaction("NORMAL") as connection:
-            connection.execute(
-                "INSERT OR IGNORE INTO secure_sum VALUES (?, ?, ?, ?, ?)",
-                (run, stage, number, attempt, survivors),
-            )
+            account = self._account.runs.get(run)
+            if account is None or (stage, number, attempt) in account.survivors:
+                return
+            what = {"stage": stage, "round": number, "attempt": attempt}
+            entry = {"kind": "sum", "run": run, **what, "survivors": survivors}
+            self._append(connection, entry)
 
-    def survivors(self, run: str) -> dict[tuple[str, int, int], int]:
-        """Return (stage, round, attempt) -> merchants in the sum, for the secure sums of a run."""
+    def settle(self, run: str) -> None:
+        """Give back what a run reserved and did not release; it releases nothing more.
+
+        Every release is an entry before it is computed, so the ledger knows what may have left.
+
+        Raises:
+            LedgerError: Nothing is reserved for the run, or the file cannot be written.
+        """
+        with self._transaction() as connection:
+            account = self._account.runs.get(run)
+            if account is None:
+                raise LedgerError(f"{self.path}: nothing is reserved for a run '{run[:64]}'")
+            if not account.settled:
+                self._append(connection, {"kind": "settle", "run": run})
+
+    def account(self) -> Account:
+        """Return what the entries add up to, as a copy of its own."""
+        with self._transaction():
+            entries = list(self._stored)
+        account = Account(self.budget)
+        for entry in entries:
+            _fold(account, entry, self.path)
+        return account
+
+    def entries(self) -> list[Entry]:
+        """Return all entries, in order."""
+        with self._transaction():
+            return list(self._stored)
+
+    def countersignatures(self) -> list[Countersignature]:
+        """Return what the witness countersigned, oldest first."""
         with self._transaction() as connection:
             rows = connection.execute(
-                "SELECT stage, round, attempt, survivors FROM secure_sum WHERE run = ?", (run,)
+                "SELECT body, signature FROM countersignature ORDER BY number"
             ).fetchall()
-        return {(stage, number, attempt): found for stage, number, attempt, found in rows}
+        return [Countersignature(body, signature) for body, signature in rows]
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
@@ -270,72 +489,69 @@ class Ledger:
             self._connection.close()
             self._connection = None
 
-    def _total(self, column: str, run: str = "") -> tuple[Event, ...]:
-        return self._totals.get((column, run), ())
+    def _forget(self) -> None:
+        self._stored: list[Entry] = []
+        self._seq, self._link = 0, NO_LINK
+        self._account = Account(self.budget)
+
+    def _refuse(self, connection: sqlite3.Connection, occasion: Occasion, reason: str) -> None:
+        if self._account.worth_noting(occasion):
+            self._append(
+                connection, {"kind": "refuse", **_named(occasion), "reason": reason[:1000]}
+            )
+
+    def _append(self, connection: sqlite3.Connection, entry: dict[str, Any]) -> None:
+        # the salt keeps who sees a head alone from guessing what its entries say
+        body = body_bytes({**entry, "at": self._now(), "salt": os.urandom(16).hex()})
+        seq, link = self._seq + 1, link_after(self._link, body)
+        signature = self._identity.sign(signed_head(self._identity.public, seq, link))
+        connection.execute("INSERT INTO entry VALUES (?, ?, ?, ?)", (seq, body, link, signature))
+        self._take(Entry(seq, body, link, signature))
+
+    def _take(self, entry: Entry) -> None:
+        _fold(self._account, entry, self.path)
+        self._stored.append(entry)
+        self._seq, self._link = entry.seq, entry.link
 
     def _read_new(self, connection: sqlite3.Connection) -> None:
-        """Add what was charged since the last look, by any process, to the totals."""
-        rows = connection.execute(
-            "SELECT seq, run, event, towards_server FROM entry "
-            "WHERE kind = 'charge' AND seq > ? ORDER BY seq",
-            (self._seen,),
-        ).fetchall()
-        for seq, run, event, towards_server in rows:
-            for key, text in (
-                (("event", ""), event),
-                (("run", run), event),
-                (("towards_server", ""), towards_server),
-            ):
-                self._totals[key] = merged([*self._totals.get(key, ()), self._event(text)])
-            self._seen = seq
-
-    def _event(self, text: str) -> Event:
-        try:
-            return from_document(json.loads(text))
-        except (ValueError, AccountingError) as error:
+        """Take in what any process wrote since the last look, if it continues the chain."""
+        held = connection.execute(
+            "SELECT link FROM entry WHERE seq = ?", (self._seq,)
+        ).fetchone() or (NO_LINK,)
+        if held[0] != self._link:
             raise LedgerError(
-                f"{self.path}: holds an entry that cannot be read ({error})"
-            ) from None
+                f"{self.path}: was replaced while it was in use, or entries are missing; end all "
+                "processes that use it and find out what happened"
+            )
+        rows = connection.execute(
+            "SELECT seq, body, link, signature FROM entry WHERE seq > ? ORDER BY seq",
+            (self._seq,),
+        ).fetchall()
+        if not rows:
+            return
+        for entry in checked_entries(
+            rows, self._identity.public, str(self.path), (self._seq, self._link)
+        ):
+            self._take(entry)
+        self._check_latest(connection)
 
-    @staticmethod
-    def _append(
-        connection: sqlite3.Connection,
-        kind: str,
-        occasion: Occasion,
-        event: Event,
-        towards_server: Event,
-        reason: str,
-    ) -> None:
-        # asking again for what was refused adds no row: a server cannot fill the disk so
-        verb = "INSERT OR IGNORE" if kind == "refusal" else "INSERT"
-        connection.execute(
-            f"{verb} INTO entry (at, kind, run, stage, round, attempt, event, towards_server, "
-            "contract, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                time.time(),
-                kind,
-                occasion.run,
-                occasion.stage,
-                occasion.round,
-                occasion.attempt,
-                json.dumps(to_document(event)),
-                json.dumps(to_document(towards_server)),
-                occasion.contract,
-                reason,
-            ),
-        )
+    def _check_latest(self, connection: sqlite3.Connection) -> None:
+        """Raise if the witness saw more than the file holds."""
+        seen = self._kept(connection) if self._witness else None
+        if seen is not None:
+            self._check_held(connection, seen)
 
-    @staticmethod
-    def _append_step(connection: sqlite3.Connection, step: str) -> None:
-        try:
-            connection.execute("INSERT INTO secure_step VALUES (?)", (step,))
-        except sqlite3.IntegrityError:
-            raise ReplayRefusal(
-                "this step of the secure sum was taken before; was the session's file put back?"
-            ) from None
+    def _head(self, connection: sqlite3.Connection, since: int | None) -> Head:
+        """Return the last entry, and how it extends the entry that the receiver knows."""
+        entry = self._stored[-1]
+        known = entry.seq if since is None else min(since, entry.seq)
+        digests = [hashlib.sha256(later.body).digest() for later in self._stored[known:]]
+        return Head(entry.seq, entry.link, entry.signature, known, tuple(digests))
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=_PATIENCE_S)
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, timeout=_PATIENCE_S, check_same_thread=False
+        )
         patience = time.monotonic() + _PATIENCE_S
         while True:
             try:
@@ -349,27 +565,142 @@ class Ledger:
                 time.sleep(0.01)
         return connection
 
+    def _reconnect_if_replaced(self) -> sqlite3.Connection:
+        """Return the connection; a new one if another file is at the path by now."""
+        there = _file_at(self.path)
+        if self._file != there:
+            self.close()
+        if self._connection is None:
+            self._connection = self._connect()
+            self._file = there
+        return self._connection
+
     @contextmanager
     def _transaction(self, synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
-        """Hold the write lock; commit at the end, roll back on any exception."""
+        """Hold the write lock, with all entries read; commit at the end, undo on any exception."""
+        with self._lock, self._transaction_of_thread(synchronous) as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction_of_thread(self, synchronous: str) -> Iterator[sqlite3.Connection]:
         try:
-            if self._connection is None:
-                self._connection = self._connect()
-            connection = self._connection
+            connection = self._reconnect_if_replaced()
             connection.execute(f"PRAGMA synchronous = {synchronous}")
             connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except (OSError, *_BROKEN) as error:
             raise LedgerError(f"{self.path}: the ledger cannot be used ({error})") from None
+        before, written = self._seq, False
         try:
+            self._read_new(connection)
+            before = self._seq
             yield connection
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
+            written = True
+        except _BROKEN as error:
             raise LedgerError(f"{self.path}: the ledger cannot be written ({error})") from None
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+            if not written and self._seq != before:
+                self._forget()  # what was not written; the next transaction reads anew
 
 
-def _above(spent: float, cap: float) -> bool:
-    """Tell whether a cap is passed, beyond what the rounding of a plan's sigma explains."""
-    return not spent <= cap * (1 + 1e-9)
+def checked_entries(
+    rows: Sequence[tuple[int, bytes, bytes, bytes]],
+    public: bytes,
+    source: str,
+    after: tuple[int, bytes] = (0, NO_LINK),
+) -> list[Entry]:
+    """Return stored rows as entries, if they continue the chain and their merchant signed it.
+
+    The signature of the last one is checked: its link commits to all before it.
+
+    Raises:
+        LedgerError: They do not; names the source.
+    """
+    entries, (seq, link) = [Entry(*row) for row in rows], after
+    for number, entry in enumerate(entries, start=seq + 1):
+        bits = isinstance(entry.body, bytes) and isinstance(entry.signature, bytes)
+        link = link_after(link, entry.body) if bits else b""
+        if entry.seq != number or entry.link != link:
+            raise LedgerError(f"{source}: entry {number} was changed, or is missing")
+    if entries and not is_signed(
+        public, signed_head(public, entries[-1].seq, link), entries[-1].signature
+    ):
+        raise LedgerError(
+            f"{source}: entry {entries[-1].seq} is not signed with this merchant's key; the ledger "
+            "was changed, or is another merchant's"
+        )
+    return entries
+
+
+@dataclass(frozen=True)
+class StoredLedger:
+    """What a ledger's file holds, checked."""
+
+    account: Account
+    entries: list[Entry]
+    countersignatures: list[Countersignature]
+
+
+def read_ledger(path: Path, budget: Budget, public: bytes) -> StoredLedger:
+    """Read a ledger without writing to it, and without the merchant's private key.
+
+    Raises:
+        LedgerError: The file cannot be read, was changed, or is another merchant's.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
+            file.execute("BEGIN")
+            rows = file.execute("SELECT seq, body, link, signature FROM entry ORDER BY seq")
+            entries = checked_entries(rows.fetchall(), public, str(path))
+            seen = file.execute(
+                "SELECT body, signature FROM countersignature ORDER BY number"
+            ).fetchall()
+    except _BROKEN as error:
+        raise LedgerError(f"{path}: cannot be read as a ledger ({error})") from None
+    account = Account(budget)
+    for entry in entries:
+        _fold(account, entry, path)
+    return StoredLedger(account, entries, [Countersignature(*row) for row in seen])
+
+
+def _fold(account: Account, entry: Entry, path: Path) -> None:
+    try:
+        account.fold(entry.seq, entry.document)
+    except (
+        LedgerError,
+        AccountingError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise LedgerError(
+            f"{path}: holds an entry {entry.seq} that cannot be read ({error})"
+        ) from None
+
+
+def _file_at(path: Path) -> tuple[int, int]:
+    """Return what tells a file from another one that is put at its path."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _named(occasion: Occasion) -> dict[str, Any]:
+    return {
+        "run": occasion.run,
+        "stage": occasion.stage,
+        "round": occasion.round,
+        "attempt": occasion.attempt,
+        "contract": occasion.contract,
+    }
+
+
+def _running() -> dict[str, str]:
+    return {"hansa": hansa_version(), "code": code_sha256()}
+
+
+def whole_run(run: str, contract: str) -> Occasion:
+    """Return the occasion of a whole run's reservation."""
+    return Occasion(run, WHOLE_RUN, 0, 0, contract)

@@ -112,3 +112,8 @@ def initial_parameters(contract: Contract) -> Float[np.ndarray, " P"]:
         bound = 1.0 / np.sqrt(layer.shape[1] - 1)
         layer[:] = generator.uniform(-bound, bound, layer.shape)
     return theta
+
+
+def parameters_sha256(theta: Float[np.ndarray, " P"]) -> str:
+    """Return SHA-256 of a model's parameters as little-endian float64."""
+    return hashlib.sha256(np.ascontiguousarray(theta, dtype="<f8").tobytes()).hexdigest()

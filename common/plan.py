@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from common.accounting import epsilon, mu_for, sampled_noise_multiplier
+from common.budget import Charge
 from common.contract import Contract
 from common.errors import AccountingError
 from common.events import Event, GaussianSum, PoissonGaussianSum
@@ -65,6 +66,22 @@ class Plan:
             for release in self.releases()
             if release.times
         )
+
+    def charges(self, contributors: int) -> tuple[Charge, ...]:
+        """Return everything the plan pays for, stage by stage, counts included."""
+        found = []
+        for release in self.releases():
+            if release.times:
+                count = release.event.count * release.times
+                towards_server = release.towards_server(contributors)
+                found.append(
+                    Charge(
+                        release.stage,
+                        replace(release.event, count=count),
+                        replace(towards_server, count=count),
+                    )
+                )
+        return tuple(found)
 
     def events_towards_server(self, contributors: int) -> tuple[Event, ...]:
         """Return the same as seen by whoever sees a merchant's single messages."""

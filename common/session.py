@@ -18,6 +18,7 @@ from common.contract import MAX_COHORT
 from common.errors import SecureSumError
 from common.identity import MERCHANT_ID
 from common.masks import KEY_BYTES, digest, expand, joined
+from common.network import parameters_sha256
 from common.shares import SECRET_BYTES
 
 MIN_COHORT = 2
@@ -26,7 +27,8 @@ TAG_BYTES = 16  # of an authenticated box
 BOX_BYTES = 2 * SECRET_BYTES + TAG_BYTES
 MARK_BYTES = 8
 CONFIRMATION_BYTES = 16
-_KEYS, _SIGNATURE_BYTES = 2 * KEY_BYTES, 64
+LINK_BYTES = 32
+_FIXED = 2 * KEY_BYTES + LINK_BYTES + 64  # bytes of an advert behind the id
 
 
 def threshold(members: int) -> int:
@@ -52,15 +54,19 @@ class Advert:
     merchant: str
     transport: bytes  # X25519 public key for boxes and confirmations
     masking: bytes  # X25519 public key for pair masks
+    head: bytes  # link of the last entry of the merchant's ledger, which holds the reservation
     signature: bytes
 
     def signed(self, context: bytes) -> bytes:
         """Return what the signature is over."""
-        return joined(b"advert", context, self.merchant.encode(), self.transport, self.masking)
+        name = self.merchant.encode()
+        return joined(b"advert", context, name, self.transport, self.masking, self.head)
 
     def to_bytes(self) -> bytes:
-        """Return id, keys and signature, in this order."""
-        return self.merchant.encode() + self.transport + self.masking + self.signature
+        """Return id, keys, head and signature, in this order."""
+        return b"".join(
+            [self.merchant.encode(), self.transport, self.masking, self.head, self.signature]
+        )
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "Advert":
@@ -69,14 +75,21 @@ class Advert:
         Raises:
             SecureSumError: The bytes are no advert.
         """
-        name, rest = raw[: -_KEYS - _SIGNATURE_BYTES], raw[-_KEYS - _SIGNATURE_BYTES :]
+        name, rest = raw[:-_FIXED], raw[-_FIXED:]
         try:
             merchant = name.decode("ascii")
         except UnicodeDecodeError:
             merchant = ""
-        if len(rest) != _KEYS + _SIGNATURE_BYTES or not re.fullmatch(MERCHANT_ID, merchant):
+        if len(rest) != _FIXED or not re.fullmatch(MERCHANT_ID, merchant):
             raise SecureSumError("field 'advert': is no advert of a merchant")
-        return cls(merchant, rest[:KEY_BYTES], rest[KEY_BYTES:_KEYS], rest[_KEYS:])
+        masking, head = 2 * KEY_BYTES, 2 * KEY_BYTES + LINK_BYTES
+        return cls(
+            merchant,
+            rest[:KEY_BYTES],
+            rest[KEY_BYTES:masking],
+            rest[masking:head],
+            rest[head:],
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ def occasion_hash(
         number.to_bytes(4, "big"),
         attempt.to_bytes(4, "big"),
         np.array([customers_per_merchant], dtype="<f8").tobytes(),
-        hashlib.sha256(np.ascontiguousarray(parameters, dtype="<f8").tobytes()).digest(),
+        bytes.fromhex(parameters_sha256(parameters)),
     )
 
 

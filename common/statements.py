@@ -82,3 +82,39 @@ def epsilon_text(value: float, digits: int = 4) -> str:
         return "0"
     step = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
     return f"{math.ceil(round(value * step, 6)) / step:.12g}"
+
+
+def odds_statement(epsilon: float, delta: float) -> str:
+    """Say what an epsilon at a delta in (0, 1) means for somebody curious about one customer.
+
+    By Bayes' rule a likelihood ratio of at most e^epsilon turns even odds into at most
+    e^epsilon / (1 + e^epsilon); the percentage is rounded up.
+
+    >>> odds_statement(1.0, 1e-05).split(": ")[0]
+    'Somebody who holds it as likely as not that a certain customer is in the data'
+    >>> "at most 73.2 % sure" in odds_statement(1.0, 1e-05)
+    True
+    """
+    start = (
+        "Somebody who holds it as likely as not that a certain customer is in the data: after "
+        "seeing everything that was released, and whatever else they know, they are "
+    )
+    sure = 1.0 / (1.0 + math.exp(-epsilon)) if epsilon > -700 else 0.0
+    if not math.isfinite(epsilon) or sure > 0.999:
+        return start + "no longer held back by any limit worth the name."
+    chance = f"1 in {math.floor(1 / delta + 1e-6):,}" if delta > 1e-12 else "next to nothing"
+    return (
+        start + f"at most {math.ceil(round(1000 * sure, 6)) / 10:g} % sure (50 % would be no "
+        f"knowledge at all), apart from a chance of about {chance}."
+    )
+
+
+AUDIT_LIMITS = (
+    "whether the rows that a merchant trained on were its real customers, complete, and each of "
+    "them in one row",
+    "the keys of the noise: evidence holds no noise, only what was charged for it and the hash of "
+    "the code that says to have drawn it; `hansa audit empirical` tests that code",
+    "what a merchant published in other ways than through Hansa, which is in no ledger of it",
+    "a story that the coordinator and all merchants of a run agreed to write down together",
+    "who is behind a key: that every enrolled merchant is a business of its own",
+)

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.errors import WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 _MAX_TEXT = 1000
 _MAX_BYTES = 2**20  # of one field; the largest, an escrow, has 136 bytes a merchant
 _MAX_PARTS = 1000  # of a list
@@ -40,11 +40,12 @@ class Attested:
 
 @dataclass(frozen=True)
 class Advertise:
-    """Coordinator to merchant: begin a session of secure sums."""
+    """Coordinator to merchant: reserve what the run may cost; begin a session of secure sums."""
 
     run: str
     contract: str  # SHA-256
-    session: int
+    session: int  # 0: the run's sums are plain
+    countersigned: bytes  # the last entry of the merchant's ledger that the witness saw
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,18 @@ class Advertised:
     """The merchant's keys for the session."""
 
     merchant: str
-    advert: bytes
+    advert: bytes  # empty where sums are plain
+    head: bytes  # of its ledger, with the run's reservation
 
 
 @dataclass(frozen=True)
 class Share:
     """Coordinator to merchant: everybody's keys; deal your shares."""
 
+    run: str
+    contract: str  # SHA-256
     session: int
+    countersigned: bytes
     roster: list[bytes]  # adverts, in order
 
 
@@ -69,6 +74,7 @@ class Shared:
 
     merchant: str
     escrow: bytes
+    head: bytes
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class SumRequest:
     step: int
     active: bytes
     boxes: bytes
+    countersigned: bytes
     parameters: Parameters
 
 
@@ -95,6 +102,7 @@ class SumAnswer:
     merchant: str
     refusal: str
     escrow: bytes  # for the next step of a session; empty for a plain sum
+    head: bytes  # of its ledger, with this release; empty where there is none
     vector: RingVector
 
 

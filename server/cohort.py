@@ -2,14 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
+from common.chain import Head
+from common.errors import WireError
+from common.identity import Members
 from common.session import accused
 from server.stages import run_stage
+from server.witness import Witness
 
 _MOST_REASONS = 5
+A = TypeVar("A", bound=Any)  # an answer with a ledger's head
 
 
 @dataclass
@@ -18,6 +24,8 @@ class Cohort:
 
     grid: Grid
     timeout_s: float
+    witness: Witness
+    enrolled: Members
     members: dict[int, str] = field(default_factory=dict)  # node -> merchant
     refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
     failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
@@ -34,6 +42,32 @@ class Cohort:
         for node in result.silent:
             self.failures[self.name(node)] = f"no answer within {self.timeout_s:g} s"
         return dict(sorted(result.contents.items()))
+
+    def countersigned(self, node: int) -> bytes:
+        """Return what the witness saw last of a merchant's ledger, countersigned; or nothing."""
+        return self.witness.latest(self.enrolled.keys.get(self.members[node], b""))
+
+    def renewed(self, node: int) -> bytes:
+        """Return the same with the time of now."""
+        return self.witness.renewed(self.enrolled.keys.get(self.members[node], b""))
+
+    def witnessed(self, answers: Mapping[int, A]) -> dict[int, A]:
+        """Let the witness see the ledgers' heads; return the answers whose heads it accepts.
+
+        Raises:
+            RunError: The witness cannot remember them.
+        """
+        heads: dict[str, tuple[bytes, Head]] = {}
+        for node, answer in answers.items():
+            name = self.members[node]
+            try:
+                heads[name] = (self.enrolled.key_of(name), Head.from_bytes(answer.head))
+            except WireError as error:
+                self.failures[name] = str(error)
+        refused = self.witness.countersign(heads)
+        self.failures.update(refused)
+        accepted = heads.keys() - refused.keys()
+        return {node: a for node, a in answers.items() if self.members[node] in accepted}
 
     def name(self, node: int) -> str:
         """Return the merchant at a node, or the node where it is not known."""

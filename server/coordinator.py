@@ -15,10 +15,10 @@ from jaxtyping import Float
 from common.accounting import epsilon
 from common.contract import Contract
 from common.errors import RunError, SecureSumError, WireError
-from common.events import Event
+from common.events import Event, to_document
 from common.fixed_point import Lattice, from_lattice, lattice_sensitivity
 from common.identity import Members
-from common.network import initial_parameters
+from common.network import initial_parameters, parameters_sha256
 from common.plan import (
     CENSUS,
     EVALUATION,
@@ -30,6 +30,7 @@ from common.plan import (
     plan_of,
 )
 from common.wire import Attest, Attested, SumRequest, pack, unpack
+from server.archive import Archive
 from server.cohort import Cohort
 from server.optimizers import Optimizer
 from server.sums import Ask, LatticeSum, PlainSums, SecureSums
@@ -85,10 +86,11 @@ class Coordinator:
         grid: Where the merchants' nodes are reached.
         contract: The contract of the run.
         on_round: Called after every training round.
-        members: Who is enrolled; needed for secure sums.
+        members: Who is enrolled, and pinned this coordinator as witness.
+        archive: The coordinator's own folder.
 
     Raises:
-        RunError: The contract's sums are secure and nobody is said to be enrolled.
+        RunError: The members pinned another witness, or the run cannot be recorded.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class Coordinator:
         grid: Grid,
         contract: Contract,
         on_round: Callable[[RoundReport], None],
-        members: Members | None = None,
+        members: Members,
+        archive: Archive,
     ) -> None:
+        archive.check_pinned(members)
         self._contract = contract
         self._sha256 = contract.sha256
         self._on_round = on_round
@@ -107,14 +111,15 @@ class Coordinator:
         self._cohort = Cohort(
             grid,
             contract.federation.round_timeout_s,
+            archive.witness,
+            members,
             refusals=self._outcome.refusals,
             failures=self._outcome.failures,
         )
-        self._ask: Ask = PlainSums(self._cohort, contract).ask
+        self._record = archive.record(self._outcome.run)
+        self._ask: Ask = PlainSums(self._cohort, contract, self._outcome.run).ask
         if contract.aggregation.secure:
-            if members is None:
-                raise RunError("secure sums need the list of enrolled members (members.toml)")
-            self._ask = SecureSums(self._cohort, contract, members, self._outcome.run).ask
+            self._ask = SecureSums(self._cohort, contract, self._outcome.run, self._record).ask
 
     def run(self) -> Outcome:
         """Carry out the whole contract.
@@ -147,6 +152,7 @@ class Coordinator:
                 )
             )
         outcome.parameters = optimizer.published
+        self._record.end(parameters_sha256(outcome.parameters))
         if self._plan.profile is not None:
             outcome.profile = self._sum_or_nothing(PROFILE, training.rounds, outcome.parameters)
         return outcome
@@ -204,7 +210,10 @@ class Coordinator:
                 f"{len(cohort.members)} of {len(nodes)} merchants take part, the contract needs "
                 f"{needed} (aggregation.min_survivors){cohort.reasons()}"
             )
-        self._outcome.merchants = sorted(cohort.members.values())
+        outcome = self._outcome
+        outcome.merchants = sorted(cohort.members.values())
+        first = parameters_sha256(outcome.parameters)
+        self._record.start(outcome.run, self._contract, outcome.merchants, first)
 
     def _note_refusals(self, refusals: dict[int, Attested]) -> None:
         """Keep the reasons; a refusal in the name of one that takes part is its node's own."""
@@ -237,13 +246,16 @@ class Coordinator:
                 0,
                 b"",
                 b"",
+                b"",
                 parameters,
             )
+            asked = sorted(self._cohort.members.values())
             try:
                 found = self._ask(request, release.length, lattice)
             except SecureSumError as error:
                 self._cohort.failures[f"{stage} of round {number}"] = str(error)
                 continue
+            self._record_sum(request, release.event, asked, found, lattice)
             self._outcome.events.append((stage, release.event))
             self._outcome.occasions.append((stage, number, attempt))
             self._outcome.survivors.append(None if found is None else found.fewest)
@@ -253,6 +265,28 @@ class Coordinator:
             f"{stage} of round {number}: too few merchants answered, the contract needs "
             f"{self._contract.min_survivors} (aggregation.min_survivors)"
             f"{self._cohort.reasons()}"
+        )
+
+    def _record_sum(
+        self,
+        request: SumRequest,
+        event: Event,
+        asked: list[str],
+        found: LatticeSum | None,
+        lattice: Lattice,
+    ) -> None:
+        self._record.sum(
+            None if found is None else found.total,
+            stage=request.stage,
+            round=request.round,
+            attempt=request.attempt,
+            event=to_document(event),
+            customers_per_merchant=request.customers_per_merchant,
+            parameters=parameters_sha256(request.parameters),
+            asked=asked,
+            merchants=None if found is None else sorted(found.merchants),
+            fewest=None if found is None else found.fewest,
+            lattice_step=lattice.step,
         )
 
     def _check_affordable(self, stage: str, number: int, event: Event) -> None:

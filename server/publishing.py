@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jaxtyping import Float
 
 from common import statements
-from common.accounting import epsilon
+from common.accounting import assess, epsilon
 from common.bundle import write_bundle
 from common.contract import Contract, contract_toml
 from common.events import Event, merged, to_document
@@ -217,13 +217,16 @@ def privacy_document(outcome: Outcome, contract: Contract) -> dict[str, Any]:
     """Return everything that was released, and the epsilon of all of it together."""
     delta, mode = contract.privacy.delta, contract.training.mode
     secure = contract.aggregation.secure
-    total = epsilon([event for _, event in outcome.events], delta)
+    assessment = assess([event for _, event in outcome.events], delta)
+    total = assessment.epsilon
     server = epsilon([event for _, event in towards_server(outcome, contract)], delta)
     cohorts = survivors(outcome, contract)
     fewest = min(cohorts)
-    notes = [statements.sums_statement(mode, secure=secure, merchants=fewest)] + (
-        [statements.NOT_FOR_RELEASE] if outcome.repeatable else []
-    )
+    notes = [
+        statements.sums_statement(mode, secure=secure, merchants=fewest),
+        *([statements.NOT_FOR_RELEASE] if outcome.repeatable else []),
+        *assessment.notes,
+    ]
     colluding = {f: achieved_epsilon(outcome, contract, f) for f in colluder_counts(fewest)}
     return {
         "format": "hansa/privacy/1",
@@ -236,6 +239,7 @@ def privacy_document(outcome: Outcome, contract: Contract) -> dict[str, Any]:
         "secure_aggregation": secure,
         "epsilon": total,
         "delta": delta,
+        "accountant": assessment.accountant,
         "epsilon_towards_server": server,
         "epsilon_cap": contract.privacy.epsilon,
         "noise_contributors": contract.noise_contributors,

@@ -3,19 +3,19 @@
 Both ways return the same multiples of the lattice step for the same answers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt
 
+from common.chain import Head
 from common.contract import MAX_COHORT, Contract
 from common.errors import SecureSumError, WireError
 from common.fixed_point import Lattice
-from common.identity import Members
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
-from common.session import occasion_hash, session_context
+from common.session import Advert, occasion_hash, session_context
 from common.wire import (
     Advertise,
     Advertised,
@@ -31,6 +31,7 @@ from common.wire import (
     pack,
     unpack,
 )
+from server.archive import RunRecord
 from server.cohort import Cohort
 from server.secure_sum import CoordinatorSession, groups
 
@@ -60,16 +61,29 @@ Ask = Callable[[SumRequest, int, Lattice], LatticeSum | None]  # (request, lengt
 class PlainSums:
     """Asks for vectors and adds them up; the coordinator sees each of them."""
 
-    def __init__(self, cohort: Cohort, contract: Contract) -> None:
+    def __init__(self, cohort: Cohort, contract: Contract, run: str) -> None:
         self._cohort = cohort
         self._contract = contract
+        self._run = run
+        self._reserved: set[int] = set()  # nodes whose ledgers were countersigned
+        self._asked = 0
 
     def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
-        """Return the sum; None where too few merchants answered."""
-        content = pack(request)
-        records = self._cohort.ask(
-            MESSAGE_TYPES[request.stage], dict.fromkeys(sorted(self._cohort.members), content)
-        )
+        """Return the sum; None where too few merchants answered.
+
+        Raises:
+            SecureSumError: Nobody could be asked; nothing is spent.
+        """
+        if self._asked % _RENEWAL_STEPS == 0 or len(self._ready) < self._contract.min_survivors:
+            self._reserve()
+        if len(self._ready) < self._contract.min_survivors:
+            raise SecureSumError("too few merchants reserved what the run costs; nobody was asked")
+        self._asked += 1
+        contents = {
+            node: pack(replace(request, countersigned=self._cohort.countersigned(node)))
+            for node in self._ready
+        }
+        records = self._cohort.ask(MESSAGE_TYPES[request.stage], contents)
         vectors = {
             self._cohort.members[node]: answer.vector
             for node, answer in _answers(self._cohort, records, length, lattice).items()
@@ -79,6 +93,20 @@ class PlainSums:
         parts = {merchant: lattice.from_ring(vector) for merchant, vector in vectors.items()}
         total = np.sum(list(vectors.values()), axis=0, dtype=lattice.dtype)
         return LatticeSum(lattice.from_ring(total), tuple(parts), len(parts), parts)
+
+    @property
+    def _ready(self) -> list[int]:
+        """Nodes that take part and may be asked."""
+        return sorted(self._reserved & self._cohort.members.keys())
+
+    def _reserve(self) -> None:
+        """Let merchants that did not yet reserve what the run costs, and see their ledgers."""
+        contents = {
+            node: pack(Advertise(self._run, self._contract.sha256, 0, self._cohort.renewed(node)))
+            for node in sorted(self._cohort.members.keys() - self._reserved)
+        }
+        for node, _ in _usable(self._cohort, "query.advertise", contents, Advertised):
+            self._reserved.add(node)
 
 
 @dataclass
@@ -98,11 +126,11 @@ class _Group:
 class SecureSums:
     """Asks for masked vectors; the coordinator sees their sum over a group, and nothing else."""
 
-    def __init__(self, cohort: Cohort, contract: Contract, members: Members, run: str) -> None:
+    def __init__(self, cohort: Cohort, contract: Contract, run: str, record: RunRecord) -> None:
         self._cohort = cohort
         self._contract = contract
-        self._members = members
         self._run = run
+        self._record = record
         self._sessions = 0
         self._groups: list[_Group] = []
         self._left_over = 0  # merchants that no group has room for
@@ -174,29 +202,36 @@ class SecureSums:
 
     def _advertised(self, number: int, nodes: list[int]) -> _Group | None:
         """Collect keys, show them to everybody, and collect the first shares."""
-        sha256 = self._contract.sha256
-        session = CoordinatorSession(
-            session_context(self._run, number, sha256), self._members, self._contract.min_survivors
-        )
-        content = pack(Advertise(self._run, sha256, number))
+        run, sha256, cohort = self._run, self._contract.sha256, self._cohort
+        context = session_context(run, number, sha256)
+        session = CoordinatorSession(context, cohort.enrolled, self._contract.min_survivors)
         joined: dict[str, int] = {}
 
         def advertised(node: int, answer: Advertised) -> None:
-            name = session.take_advert(answer.advert, self._cohort.members[node])
+            if Advert.from_bytes(answer.advert).head != Head.from_bytes(answer.head).link:
+                raise WireError("field 'advert': is bound to another head than the ledger's")
+            name = session.take_advert(answer.advert, cohort.members[node])
             joined[name] = node
 
-        self._stage("query.advertise", dict.fromkeys(nodes, content), Advertised, advertised)
+        contents = {
+            node: pack(Advertise(run, sha256, number, cohort.renewed(node))) for node in nodes
+        }
+        self._stage("query.advertise", contents, Advertised, advertised)
         try:
             roster = session.close_roster()
         except SecureSumError as error:
-            self._cohort.failures[f"session {number}"] = str(error)
+            cohort.failures[f"session {number}"] = str(error)
             return None
+        self._record.session(number, context, roster)
         order = [joined[name] for name in sorted(joined)]
         positions = {node: position for position, node in enumerate(order)}
-        content = pack(Share(number, roster))
+        contents = {
+            node: pack(Share(run, sha256, number, cohort.countersigned(node), roster))
+            for node in order
+        }
         self._stage(
             "query.share",
-            dict.fromkeys(order, content),
+            contents,
             Shared,
             lambda node, answer: session.take_escrow(positions[node], answer.escrow),
         )
@@ -226,6 +261,7 @@ class SecureSums:
                     step=group.session.step,
                     active=active,
                     boxes=boxes,
+                    countersigned=self._cohort.countersigned(node),
                 )
             )
         records = self._cohort.ask(MESSAGE_TYPES[request.stage], contents)
@@ -356,16 +392,32 @@ class SecureSums:
         take: Callable[[int, Answer], None],
     ) -> None:
         """Ask, and hand over each usable answer; note what is wrong with the others."""
-        for node, record in self._cohort.ask(message_type, contents).items():
+        for node, answer in _usable(self._cohort, message_type, contents, kind):
             try:
-                answer = unpack(kind, record)
-                _check_name(self._cohort, node, answer.merchant)
                 take(node, answer)
             except WireError as error:
                 self._cohort.failures[self._cohort.name(node)] = str(error)
 
     def _note(self, group: _Group, error: SecureSumError) -> None:
         self._cohort.failures[f"secure sum {group.number}.{group.steps}"] = str(error)
+
+
+def _usable(
+    cohort: Cohort, message_type: str, contents: dict[int, Record], kind: type[Answer]
+) -> Iterator[tuple[int, Answer]]:
+    """Ask, and yield each usable answer; note what is wrong with the others."""
+    answers: dict[int, Answer] = {}
+    for node, record in cohort.ask(message_type, contents).items():
+        try:
+            answer = unpack(kind, record)
+            _check_name(cohort, node, answer.merchant)
+        except WireError as error:
+            cohort.failures[cohort.name(node)] = str(error)
+            continue
+        answers[node] = answer
+    if kind in {Advertised, Shared}:
+        answers = cohort.witnessed(answers)
+    yield from answers.items()
 
 
 def _answers(
@@ -385,7 +437,7 @@ def _answers(
             cohort.failures[cohort.name(node)] = str(error)
             continue
         found[node] = answer
-    return found
+    return cohort.witnessed(found)
 
 
 def _check_name(cohort: Cohort, node: int, merchant: str) -> None:

@@ -192,7 +192,7 @@ def _federated(
     """Run the real federation, messages and ledgers included."""
     contract = in_mode(contract, mode)
     with tempfile.TemporaryDirectory(prefix="hansa-compare-") as folder:
-        federation = assemble(dataset, contract, Path(folder) / "merchants", None)
+        federation = assemble(dataset, contract, Path(folder), None)
         outcome = run_rounds(federation, Path(folder), lambda _report: None)
         for member in federation.members:
             member.worker.ledger.close()

@@ -17,6 +17,7 @@ import pandas as pd
 from common.contract import Contract, contract_toml, read_contract
 from common.errors import DataError
 from common.identity import Identity, Members, write_identity, write_members
+from server.archive import make_archive
 from simulations import cdnow, complete_journey, synthetic
 from simulations.catalogue import CATALOGUE, CatalogueEntry
 from simulations.labelling import previous_column
@@ -240,7 +241,8 @@ def write_federation(
 
     Args:
         dataset: What to write.
-        folder: New, or an empty folder; gets `contract.toml` and `merchants/<id>/`.
+        folder: New, or an empty folder; gets `contract.toml`, `members.toml`, `server/` and
+            `merchants/<id>/`.
         epsilon: Each merchant's cap; default the contract's epsilon.
         delta: Each merchant's cap; default the contract's delta.
         seed: Makes the merchants' noise repeatable, for simulations only.
@@ -258,7 +260,7 @@ def write_federation(
         "accept_unmasked_sums": not dataset.contract.aggregation.secure,
     }
     identities = {merchant: Identity.generate(merchant) for merchant in dataset.merchants}
-    enrolled = Members({merchant: found.public for merchant, found in identities.items()})
+    keys = {merchant: found.public for merchant, found in identities.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -266,7 +268,8 @@ def write_federation(
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         (building / "contract.toml").write_text(contract_toml(dataset.contract), encoding="utf-8")
-        write_members(enrolled, building / "members.toml")
+        coordinator = make_archive(building / "server")
+        write_members(Members(keys, coordinator.public), building / "members.toml")
         for merchant, table in dataset.merchants.items():
             _write_merchant(building / "merchants" / merchant, table, policy, seed)
             write_identity(identities[merchant], building / "merchants" / merchant / "identity.key")

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.joining import customers_of, open_worker
-from clients.merchant import Columns
+from clients.merchant import Columns, read_merchant
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from clients.table import CustomerTable, make_table
 from clients.worker import Worker, os_noise, seeded_noise
+from common.budget import Budget
 from common.contract import Contract, read_contract
 from common.errors import DataError
 from common.identity import Identity, Members, read_members
-from common.ledger import Budget, Ledger
+from common.ledger import Ledger
+from server.archive import make_archive
 from simulations.datasets import Dataset
 
 _COLUMNS = Columns(customer="customer", person="person")
@@ -27,6 +29,7 @@ class Member:
     merchant: str
     table: CustomerTable
     worker: Worker
+    min_cohort: int  # of its own policy
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Federation:
     enrolled: Members
     seed: int | None
     notes: tuple[str, ...]
+    server: Path  # the coordinator's own folder
 
 
 def tables_of(dataset: Dataset, contract: Contract) -> dict[str, CustomerTable]:
@@ -67,19 +71,20 @@ def public_delta(customers: int) -> float:
     return float(f"{math.floor(delta / digit * (1 + 1e-9)) * digit:.0e}")
 
 
-def assemble(dataset: Dataset, contract: Contract, ledgers: Path, seed: int | None) -> Federation:
+def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | None) -> Federation:
     """Make a federation of a data set; every merchant's cap is the contract's epsilon.
 
     Args:
         dataset: The merchants' customers.
         contract: What they agreed on, final.
-        ledgers: Folder that gets `<merchant>/ledger.sqlite`.
+        folder: New; gets `merchants/<merchant>/ledger.sqlite` and `server/`.
         seed: Makes the noise repeatable and guessable; None for the operating system's.
     """
     budget = Budget(contract.privacy.epsilon, contract.privacy.delta)
     tables = tables_of(dataset, contract)
     identities = {merchant: Identity.generate(merchant) for merchant in tables}
-    enrolled = Members({merchant: identity.public for merchant, identity in identities.items()})
+    keys = {merchant: identity.public for merchant, identity in identities.items()}
+    enrolled = Members(keys, make_archive(folder / "server").public)
     members = tuple(
         Member(
             merchant,
@@ -88,17 +93,24 @@ def assemble(dataset: Dataset, contract: Contract, ledgers: Path, seed: int | No
                 merchant,
                 contract,
                 customers_of(table, contract),
-                Ledger(ledgers / merchant / "ledger.sqlite", budget),
+                Ledger(
+                    folder / "merchants" / merchant / "ledger.sqlite",
+                    budget,
+                    identities[merchant],
+                    enrolled.witness,
+                ),
                 accept_unmasked_sums=not contract.aggregation.secure,
                 secure=SecureParty(
                     identities[merchant], enrolled, contract.min_survivors, MemoryStore()
                 ),
                 noise_for=os_noise if seed is None else seeded_noise(seed, merchant),
             ),
+            contract.min_survivors,
         )
         for merchant, table in tables.items()
     )
-    return Federation(dataset.name, contract, members, enrolled, seed, (dataset.provenance,))
+    notes = (dataset.provenance,)
+    return Federation(dataset.name, contract, members, enrolled, seed, notes, folder / "server")
 
 
 def open_federation(folder: Path) -> Federation:
@@ -122,9 +134,10 @@ def open_federation(folder: Path) -> Federation:
     for name, path in zip(names, paths, strict=True):
         if names.count(name) > 1:
             raise DataError(f"{path}: the id '{name}' is used by another merchant too; change one")
-    members = tuple(Member(o.worker.merchant, o.table, o.worker) for o in opened)
+    members = tuple(
+        Member(o.worker.merchant, o.table, o.worker, read_merchant(path).policy.min_cohort)
+        for o, path in zip(opened, paths, strict=True)
+    )
     seeds = {o.seed for o in opened if o.seed is not None}
-    enrolled = Members({})
-    if contract.aggregation.secure:
-        enrolled = read_members(folder / "members.toml")
-    return Federation(str(folder), contract, members, enrolled, min(seeds, default=None), ())
+    enrolled, seed = read_members(folder / "members.toml"), min(seeds, default=None)
+    return Federation(str(folder), contract, members, enrolled, seed, (), folder / "server")

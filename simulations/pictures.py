@@ -261,7 +261,7 @@ def write_comparison_picture(comparison: Comparison, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in {"png", "svg"}:
         raise HansaError(f"{path}: expected a picture's name to end in .png or .svg")
-    with _drawing():
+    with drawing():
         from matplotlib.figure import Figure
 
         size = (9.5, 1.2 + 0.34 * max(len(comparison.rows), 2))
@@ -269,7 +269,7 @@ def write_comparison_picture(comparison: Comparison, path: Path) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         _dots(left, comparison.rows, "accuracy")
         _dots(right, comparison.rows, "auc")
-        content = _rendered(figure, kind)
+        content = rendered(figure, kind)
     write_whole(path, content)
 
 
@@ -347,17 +347,17 @@ def _thinned(rounds: Sequence[RoundRecord]) -> Sequence[RoundRecord]:
 def _picture(
     name: str, label: str, size: tuple[float, float], paint: Callable[["Axes"], None]
 ) -> str:
-    with _drawing():
+    with drawing():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.subplots())
-        text = _rendered(figure, "svg").decode()
-    return _inline(text, name, label)
+        text = rendered(figure, "svg").decode()
+    return inline(text, name, label)
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Hold our settings, and no others, while a figure is made and saved."""
     import matplotlib
 
@@ -369,7 +369,8 @@ def _drawing() -> Iterator[None]:
         yield
 
 
-def _rendered(figure: "Figure", kind: str) -> bytes:
+def rendered(figure: "Figure", kind: str) -> bytes:
+    """Return a figure as a file, `svg` or `png`, without date or software."""
     buffer = io.BytesIO()
     if kind == "svg":
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -380,7 +381,7 @@ def _rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _inline(svg: str, name: str, label: str) -> str:
+def inline(svg: str, name: str, label: str) -> str:
     """Turn matplotlib's file into an element: ids of its own, named, in the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -8,23 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 
-from audit.epsilon import recompute
+from audit.epsilon import DP_ACCOUNTING, OPACUS, opinions
 from clients.app import create_app as create_client_app
 from clients.assignment import assign, write_assignments
+from clients.evidence import Books, write_books
 from clients.worker import Worker
 from common import statements
-from common.accounting import PRV_ERROR, epsilon, opacus_epsilon
+from common.accounting import PRV_ERROR, assess, epsilon
+from common.budget import Charge, RunAccount
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
 from common.errors import AccountingError, DataError, RunError
 from common.events import Event, merged, to_document
 from common.identity import write_members
-from common.ledger import Entry
+from common.ledger import read_ledger
 from server.app import create_app as create_server_app
+from server.archive import Archive, open_archive
 from server.coordinator import NoisySum, Outcome, RoundReport
+from server.evidence import coordinator_evidence
 from server.publishing import accuracy_of, epsilon_by_stage, publish
 from simulations.federation import Federation, Member, training_customers
 from simulations.grid import FIRST_NODE, Fault, run_in_process
@@ -44,6 +47,8 @@ _OWN_NAMES = frozenset(
         "merchants",
         "bundle",
         "bundle.partial",
+        "server",
+        "evidence",
         "report.html",
         "result.json",
     }
@@ -79,9 +84,12 @@ def _is_earlier_simulation(out: Path) -> bool:
     """Tell whether all that the folder holds is what a simulation, finished or not, leaves.
 
     A federation's folder may hold a contract and a bundle too; its merchants' tables, files and
-    ledgers must never be deleted.
+    ledgers must never be deleted, nor the key and the records of its coordinator, whose folder
+    has no merchants' ledgers beside it.
     """
     if out.is_symlink() or not (out / "contract.toml").is_file():
+        return False
+    if (out / "server").exists() and not any(out.glob("merchants/*/ledger.sqlite")):
         return False
     if not {path.name for path in out.iterdir()} <= _OWN_NAMES:
         return False
@@ -119,7 +127,10 @@ def simulate(
     if contract.aggregation.secure:
         _check_survivors(federation, outcome)
     merchants, spending = _spending(federation, outcome)  # may refuse to claim an epsilon
-    documents = publish(outcome, contract, out / "bundle", Ed25519PrivateKey.generate())
+    archive = open_archive(federation.server)
+    documents = publish(outcome, contract, out / "bundle", archive.identity.key)
+    archive.keep_bundle(outcome.run, out / "bundle")
+    _write_evidence(federation, archive, outcome.run, out / "evidence")
     _assign_everywhere(federation, out)
     metrics, privacy = documents["metrics.json"], documents["privacy.json"]
     return SimulationResult(
@@ -151,7 +162,7 @@ def simulate(
         bundle=out / "bundle",
         seconds=time.monotonic() - began,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        notes=(*federation.notes, *_seed_notes(outcome), *_failure_notes(outcome)),
+        notes=(*federation.notes, *_seed_notes(outcome), *spending.notes, *_failure_notes(outcome)),
     )
 
 
@@ -170,7 +181,7 @@ def run_rounds(
     (out / "contract.toml").write_text(contract_toml(federation.contract), encoding="utf-8")
     write_members(federation.enrolled, out / "members.toml")
 
-    def finish(outcome: Outcome, _contract: Contract, _folder: Path) -> None:
+    def finish(outcome: Outcome, _contract: Contract, _folder: Path, _archive: Archive) -> None:
         outcomes.append(outcome)
 
     def worker_of(context: Context) -> Worker:
@@ -180,7 +191,11 @@ def run_rounds(
         create_server_app(on_round, finish),
         create_client_app(worker_of),
         len(federation.members),
-        {"contract": str(out / "contract.toml"), "out": str(out / "bundle")},
+        {
+            "contract": str(out / "contract.toml"),
+            "out": str(out / "bundle"),
+            "server": str(federation.server),
+        },
         fault,
     )
     return outcomes[0]
@@ -207,6 +222,28 @@ def _assign_everywhere(federation: Federation, out: Path) -> None:
         write_assignments(assign(bundle, member.table), out / "merchants" / member.merchant)
 
 
+def _write_evidence(federation: Federation, archive: Archive, run: str, folder: Path) -> None:
+    """Write what an audit reads: the coordinator's evidence and every merchant's.
+
+    The run is over: a merchant that did not settle it, because its sums are plain or it missed
+    the last one, does so now.
+    """
+    contract = federation.contract
+    coordinator_evidence(archive, federation.enrolled, folder / "server.zip")
+    for member in federation.members:
+        ledger, own = member.worker.ledger, _account_of(member, run)
+        if own is not None and not own.settled:
+            ledger.settle(run)
+        stored = read_ledger(ledger.path, ledger.budget, ledger.identity.public)
+        books = Books(stored, federation.enrolled, (contract,), member.min_cohort)
+        write_books(books, ledger.identity, folder / "merchants" / f"{member.merchant}.zip")
+
+
+def _account_of(member: Member, run: str) -> RunAccount | None:
+    """Return what a merchant's ledger says of a run."""
+    return member.worker.ledger.account().runs.get(run)
+
+
 def _check_survivors(federation: Federation, outcome: Outcome) -> None:
     """Hold the coordinator's counts against what every merchant noted when it helped to unmask.
 
@@ -214,7 +251,8 @@ def _check_survivors(federation: Federation, outcome: Outcome) -> None:
         RunError: The coordinator counts more merchants in a sum than one of them confirmed, or
             nobody confirmed a sum.
     """
-    noted = {m.merchant: m.worker.ledger.survivors(outcome.run) for m in federation.members}
+    runs = {m.merchant: _account_of(m, outcome.run) for m in federation.members}
+    noted = {name: {} if own is None else own.survivors for name, own in runs.items()}
     for (stage, number, attempt), claimed in zip(outcome.occasions, outcome.survivors, strict=True):
         if claimed is None:
             continue  # nothing was unmasked; counted as the fewest that the contract allows
@@ -240,20 +278,21 @@ class _Spending:
     server: float
     recomputed: float
     opacus: float
+    notes: tuple[str, ...]  # what the accountants have to say
 
     def check(self) -> None:
-        """Claim nothing that the other accountants do not confirm.
+        """Claim nothing that another accountant says is more.
 
         Raises:
-            AccountingError: An accountant disagrees by more than 2 %, beside the 0.01 that
-                Opacus adds by design.
+            AccountingError: An accountant finds more by 2 %, beside the 0.01 that Opacus adds by
+                design.
         """
         for name, other, allowance in (
             ("dp-accounting", self.recomputed, 0.0),
             ("Opacus", self.opacus, PRV_ERROR),
         ):
             allowed = allowance + _AGREEMENT * max(self.epsilon, 0.5)
-            if not abs(other - self.epsilon) <= allowed:
+            if math.isfinite(other) and not other - self.epsilon <= allowed:
                 raise AccountingError(
                     f"accountants disagree: epsilon {self.epsilon:.4f} here, {other:.4f} by "
                     f"{name}; nothing is claimed"
@@ -270,32 +309,37 @@ def _spending(
     delta = federation.contract.privacy.delta
     records, worst_events, worst = [], tuple[Event, ...](), 0.0
     for node, member in enumerate(federation.members, start=FIRST_NODE):
-        charged = [e for e in member.worker.ledger.entries(outcome.run) if e.kind == "charge"]
+        own = _account_of(member, outcome.run)
+        charged = [] if own is None else list(own.released.values())
         absent = None if member.merchant in outcome.merchants else _absence(outcome, node)
         record = _merchant_record(member, outcome, charged, delta, absent)
         records.append(record)
         if record.epsilon > worst:
-            worst, worst_events = record.epsilon, merged(entry.event for entry in charged)
+            worst, worst_events = record.epsilon, merged(charge.event for charge in charged)
+    said = opinions([to_document(event) for event in worst_events], delta)
+    failed = [f"{name} {what}" for name, what in said.items() if isinstance(what, str)]
+    values = {name: math.inf if isinstance(v, str) else v for name, v in said.items()}
     spending = _Spending(
         worst,
         max((record.epsilon_server for record in records), default=0.0),
-        recompute([to_document(event) for event in worst_events], delta),
-        opacus_epsilon(worst_events, delta),
+        values[DP_ACCOUNTING],
+        values[OPACUS],
+        (*assess(worst_events, delta).notes, *failed),
     )
     spending.check()
     return tuple(records), spending
 
 
 def _merchant_record(
-    member: Member, outcome: Outcome, charged: list[Entry], delta: float, absent: str | None
+    member: Member, outcome: Outcome, charged: list[Charge], delta: float, absent: str | None
 ) -> MerchantRecord:
     member.worker.ledger.close()
     accuracy = _own_accuracy(member, outcome.evaluations[-1])
     return MerchantRecord(
         id=member.merchant,
         customers=len(member.table.labels),
-        epsilon=epsilon([entry.event for entry in charged], delta),
-        epsilon_server=epsilon([entry.towards_server for entry in charged], delta),
+        epsilon=epsilon([charge.event for charge in charged], delta),
+        epsilon_server=epsilon([charge.towards_server for charge in charged], delta),
         accuracy=accuracy[0] if accuracy else None,
         accuracy_error=accuracy[1] if accuracy else None,
         refused=outcome.refusals.get(member.merchant, absent),

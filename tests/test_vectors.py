@@ -185,8 +185,9 @@ class Play:
             X25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw()
             for key in private
         ]
-        signature = identity.sign(Advert(one["id"], *public, b"").signed(self.context))
-        advert = Advert(one["id"], *public, signature).to_bytes()
+        head = raw(one["head"])
+        signature = identity.sign(Advert(one["id"], *public, head, b"").signed(self.context))
+        advert = Advert(one["id"], *public, head, signature).to_bytes()
         state = State(self.context, 1, Phase.ADVERTISED, *private, advert)
         return MerchantSession(identity, self.members, 3, state)
 

@@ -16,9 +16,10 @@ from clients.secure_party import SecureParty
 from clients.secure_sum import Label, MerchantSession, Prepared, State
 from clients.session_store import FileStore, MemoryStore, SessionStore
 from clients.worker import Customers, Worker
+from common.budget import Budget
+from common.chain import Head
 from common.contract import Contract, parse_contract
 from common.identity import Identity, Members
-from common.ledger import Budget, Ledger
 from common.masks import KEY_BYTES, add_masks, expand, stream_bytes
 from common.network import initial_parameters
 from common.session import (
@@ -39,6 +40,7 @@ from common.session import (
 from common.shares import SECRET_BYTES, combine
 from common.wire import Advertise, Confirm, Reveal, Share, SumAnswer, SumRequest
 from server.secure_sum import CoordinatorSession
+from tests.witnessed import COORDINATOR, ledger_at, witness
 
 LENGTH = 512
 MODEL = np.linspace(-1.0, 1.0, 16)
@@ -296,9 +298,9 @@ def shares_by_dealer(raw: bytes, active: frozenset[int]) -> dict[int, bytes]:
 
 
 def enrolled(count: int) -> tuple[list[Identity], Members]:
-    """Return identities in the order of their ids, and the list of them."""
+    """Return identities in the order of their ids, and the list of them with the witness."""
     identities = [Identity.generate(name) for name in names_of(count)]
-    return identities, Members({one.merchant: one.public for one in identities})
+    return identities, Members({i.merchant: i.public for i in identities}, COORDINATOR.public)
 
 
 def advertised(count: int, minimum: int = 2, context: bytes = CONTEXT) -> Server:
@@ -403,13 +405,43 @@ class Shops:
         """Number of merchants."""
         return len(self.workers)
 
+    def countersigned(self, position: int) -> bytes:
+        """Return what the witness saw last of a merchant's ledger.
+
+        Without an honest witness this coordinator would get nothing at all.
+        """
+        return witness().latest(self.identities[position].public)
+
+    def witnessed(self, position: int, head: bytes) -> None:
+        """Let the witness see the head of a merchant's ledger."""
+        one = self.identities[position]
+        assert not witness().countersign({one.merchant: (one.public, Head.from_bytes(head))})
+
+    def advertise(self, session: int = 1, run: str = "run") -> None:
+        """Let everybody reserve the run and begin a session."""
+        self.rosters[session] = []
+        for position, worker in enumerate(self.workers):
+            seen = self.countersigned(position)
+            answer = worker.advertise(Advertise(run, self.contract.sha256, session, seen))
+            self.witnessed(position, answer.head)
+            self.rosters[session].append(answer.advert)
+
+    def share_message(self, position: int, session: int = 1, run: str = "run") -> Share:
+        """Return the message that shows a merchant the roster."""
+        seen, roster = self.countersigned(position), self.rosters[session]
+        return Share(run, self.contract.sha256, session, seen, roster)
+
+    def share(self, session: int = 1, run: str = "run") -> None:
+        """Show everybody the roster, and keep what they leave for the first step."""
+        for position, worker in enumerate(self.workers):
+            answer = worker.share(self.share_message(position, session, run))
+            self.witnessed(position, answer.head)
+            self.escrows[session, 1, position] = Escrow.from_bytes(answer.escrow, self.size)
+
     def set_up(self, session: int = 1, run: str = "run") -> None:
         """Set up a session with everybody."""
-        message = Advertise(run, self.contract.sha256, session)
-        self.rosters[session] = [w.advertise(message).advert for w in self.workers]
-        for position, worker in enumerate(self.workers):
-            raw = worker.share(Share(session, self.rosters[session])).escrow
-            self.escrows[session, 1, position] = Escrow.from_bytes(raw, self.size)
+        self.advertise(session, run)
+        self.share(session, run)
 
     def request(self, position: int, step: int, **changed: Any) -> SumRequest:
         """Return an honest request of round 1, or one in which some fields are changed."""
@@ -427,6 +459,7 @@ class Shops:
             step,
             to_bitmap(range(self.size), self.size),
             boxes,
+            self.countersigned(position),
             initial_parameters(self.contract),
         )
         return replace(honest, **changed)
@@ -436,6 +469,7 @@ class Shops:
         request = self.request(position, step, **changed)
         answer = self.workers[position].answer(request)
         if not answer.refusal:
+            self.witnessed(position, answer.head)
             escrow = Escrow.from_bytes(answer.escrow, self.size)
             self.escrows[request.session, step + 1, position] = escrow
         return answer
@@ -496,7 +530,7 @@ def worker_of(found: Shops, position: int, folder: Path, **options: Any) -> Work
         identity.merchant,
         found.contract,
         some_customers(position),
-        Ledger(folder / f"{identity.merchant}.sqlite", Budget(50.0, 1e-5)),
+        ledger_at(folder / f"{identity.merchant}.sqlite", identity, Budget(50.0, 1e-5)),
         accept_unmasked_sums=False,
         secure=party,
         **options,

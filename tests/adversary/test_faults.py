@@ -1,6 +1,7 @@
 """Messages that are lost or answered with an error, anywhere: a sound result, or a RunError."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,11 @@ from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
 from simulations.result import SimulationResult
 from simulations.run import simulate
+from tests.witnessed import charges_of, entries_of
 
 STAGES = ["query.attest", "query.census", "train.update", "evaluate.confusion", "query.profile"]
 SESSION = ["query.advertise", "query.share", "query.confirm", "query.reveal"]
-EVERYWHERE = [("plain", stage) for stage in STAGES] + [
+EVERYWHERE = [("plain", stage) for stage in [*STAGES, "query.advertise"]] + [
     ("secure", stage) for stage in [*STAGES, *SESSION]
 ]
 NEEDED = 3
@@ -59,11 +61,24 @@ def federation(
     return assemble(dataset, contract, tmp_path_factory.mktemp("ledgers"), 1)
 
 
+def new_coordinator(federation: Federation, folder: Path) -> Path:
+    """Give the federation's coordinator a folder without a memory: its key alone."""
+    (folder / "server").mkdir()
+    return Path(shutil.copy(federation.server / "identity.key", folder / "server")).parent
+
+
 def run_faulty(federation: Federation, fault: Fault, folder: Path) -> SimulationResult | str:
     """Simulate with new ledgers; return the result, or the text of the RunError."""
     for member in federation.members:
-        budget = member.worker.ledger.budget
-        member.worker.ledger = Ledger(folder / "ledgers" / f"{member.merchant}.sqlite", budget)
+        party = member.worker._secure
+        assert party is not None
+        member.worker.ledger = Ledger(
+            folder / "ledgers" / f"{member.merchant}.sqlite",
+            member.worker.ledger.budget,
+            party.identity,
+            party.members.witness,
+        )
+    federation = replace(federation, server=new_coordinator(federation, folder))
     out = folder / "out"
     out.mkdir()
     try:
@@ -81,10 +96,12 @@ def check_sound(federation: Federation, found: SimulationResult | str, folder: P
     cap, delta = federation.contract.privacy.epsilon, federation.contract.privacy.delta
     spent = {}
     for member in federation.members:
-        charges = [e for e in member.worker.ledger.entries() if e.kind == "charge"]
-        spent[member.merchant] = epsilon([e.event for e in charges], delta)
-        assert len({e.occasion for e in charges}) == len(charges)
-        member.worker.ledger.close()
+        ledger = member.worker.ledger
+        charges = charges_of(ledger)
+        spent[member.merchant] = epsilon([charge.event for charge in charges.values()], delta)
+        assert len(entries_of(ledger, "release")) == len(charges)  # no occasion twice
+        assert ledger.account().spent() <= cap * (1 + 1e-9)
+        ledger.close()
     assert max(spent.values()) <= cap * (1 + 1e-9)
     if isinstance(found, str):
         assert re.search(r"merchants take part|too few merchants|the contract promises", found)
@@ -133,7 +150,9 @@ def test_two_merchants_lost_in_a_stage_end_the_run(
     assert "min_survivors" in found or "the contract promises" in found
     assert ("no answer within" if fate == "silent" else fate) in found
     if stage in {"query.attest", "query.advertise", "query.share"}:
-        assert all(not member.worker.ledger.entries() for member in federation.members)
+        assert all(charges_of(member.worker.ledger) == {} for member in federation.members)
+    if stage == "query.attest":
+        assert all(not member.worker.ledger.account().runs for member in federation.members)
     check_sound(federation, found, tmp_path)
 
 
@@ -209,9 +228,10 @@ def test_one_session_that_fails_is_survived_and_told(
     assert isinstance(found, SimulationResult)
     spent = {merchant.epsilon for merchant in found.merchants}
     assert len(spent) == 1
-    occasions = [e.occasion for e in federation.members[0].worker.ledger.entries()]
+    occasions = charges_of(federation.members[0].worker.ledger)
     paid_twice = stage in {"query.confirm", "query.reveal"}
-    assert [o.attempt for o in occasions if o.stage == "census"] == ([0, 1] if paid_twice else [1])
+    attempts = [attempt for stage, _, attempt in occasions if stage == "census"]
+    assert attempts == ([0, 1] if paid_twice else [1])
     check_sound(federation, found, tmp_path)
 
 

@@ -25,10 +25,12 @@ from common.wire import (
     pack,
     unpack,
 )
+from server.archive import open_archive
 from server.coordinator import Coordinator, Outcome
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
 from simulations.grid import InProcessGrid
+from tests.witnessed import charges_of, entries_of
 
 NAMES = [f"merchant-{number:04d}" for number in range(4)]
 LIAR = 1  # number of the merchant that lies
@@ -78,7 +80,10 @@ def run_with(federation: Federation, lie: Content, kind: str = "train.update") -
         return Message(lie(reply.content), reply_to=message) if lies else reply
 
     grid = InProcessGrid(client, len(federation.members), {})  # type: ignore[arg-type]
-    return Coordinator(grid, federation.contract, lambda _report: None, federation.enrolled).run()
+    archive = open_archive(federation.server)
+    return Coordinator(
+        grid, federation.contract, lambda _report: None, federation.enrolled, archive
+    ).run()
 
 
 def with_vector(vector: np.ndarray, **others: Any) -> Content:
@@ -197,7 +202,7 @@ def test_a_lie_in_another_stage_is_left_out_too(
     "lie",
     [
         lambda _content: RecordDict(),
-        lambda content: pack(SumAnswer(NAMES[LIAR], "", b"", full(1))),
+        lambda content: pack(SumAnswer(NAMES[LIAR], "", b"", b"", full(1))),
         lambda content: RecordDict({"hansa": ConfigRecord({"type": "Attested"})}),
     ],
 )
@@ -240,8 +245,34 @@ def test_a_census_beyond_the_contract_ends_the_run(federation: Federation) -> No
     """Sums could be larger than the ring, so nobody is asked for a further one."""
     with pytest.raises(RunError, match="room for 1,000,000 customers"):
         run_with(federation, with_vector(full(3 * 2**29, 1)), "query.census")
-    stages = [e.occasion.stage for e in federation.members[0].worker.ledger.entries()]
-    assert stages == ["census"]
+    assert charged(federation, 0) == [("census", 0)]
+
+
+HEADS: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda _honest: b"",
+    "one byte less": lambda honest: honest[:-1],
+    "one byte more": lambda honest: honest + b"\x00",
+    "zeros": lambda honest: bytes(len(honest)),
+    "another number": lambda honest: honest[:7] + bytes([honest[7] ^ 1]) + honest[8:],
+    "another link": lambda honest: honest[:16] + bytes([honest[16] ^ 1]) + honest[17:],
+    "another signature": lambda honest: honest[:48] + bytes([honest[48] ^ 1]) + honest[49:],
+}
+
+
+@pytest.mark.parametrize("change", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("kind", ["query.advertise", "train.update"])
+def test_a_false_head_is_left_out_with_a_reason(
+    federation: Federation, kind: str, change: Callable[[bytes], bytes]
+) -> None:
+    """Who does not show its ledger to the witness is in no sum."""
+
+    def lie(content: RecordDict) -> RecordDict:
+        answer = unpack(Advertised if kind == "query.advertise" else SumAnswer, content)
+        return pack(replace(answer, head=change(answer.head)))
+
+    outcome = run_with(federation, lie, kind)
+    assert "field 'head'" in outcome.failures[NAMES[LIAR]]
+    assert outcome.cohorts == [3]
 
 
 SESSION = {
@@ -312,9 +343,9 @@ def test_false_shares_are_told_and_passed_over(
 
 def charged(federation: Federation, number: int) -> list[tuple[str, int]]:
     """Return stage and attempt of all that a merchant was charged for."""
-    entries = federation.members[number].worker.ledger.entries()
-    assert all(entry.kind == "charge" for entry in entries)
-    return [(entry.occasion.stage, entry.occasion.attempt) for entry in entries]
+    ledger = federation.members[number].worker.ledger
+    assert entries_of(ledger, "refuse") == []
+    return [(stage, attempt) for stage, _, attempt in charges_of(ledger)]
 
 
 @only_secure
@@ -364,7 +395,7 @@ def test_a_refusal_of_many_lines_is_kept_out_of_control(federation: Federation) 
 def test_a_liar_cannot_make_others_pay_twice(federation: Federation) -> None:
     """Its lies leave the sum with enough parts, so no attempt is repeated."""
     run_with(federation, LIES["garbage"])
-    stages = [e.occasion.stage for e in federation.members[0].worker.ledger.entries()]
+    stages = [stage for stage, _ in charged(federation, 0)]
     assert stages == ["census", "update", "evaluation", "profile"]
 
 

@@ -3,6 +3,8 @@
 Each test would fail without the defence that it names.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ from flwr.app import Context, RecordDict
 
 from clients.app import worker_of_node
 from clients.worker import Customers, Worker, seeded_noise
+from common.accounting import epsilon
+from common.budget import Budget
 from common.contract import Contract, parse_contract, read_contract
-from common.errors import PolicyError
+from common.errors import BudgetRefusal, PolicyError
 from common.fixed_point import STEPS_PER_UNIT, lattice_sensitivity
-from common.ledger import Budget, Ledger
+from common.identity import Identity
 from common.network import Network, initial_parameters, network_of
 from common.plan import UPDATE, lattice_of, plan_of, planned_epsilon_towards_server
-from common.wire import Attest, SumRequest
+from common.wire import Attest, SumAnswer, SumRequest
 from simulations.datasets import load, write_federation
+from tests.witnessed import charges_of, entries_of, latest, ledger_at, reserved
 
 CUSTOMERS = 44
 
@@ -38,7 +43,8 @@ def contract_of(**sections: dict[str, Any]) -> Contract:
 
 def worker_of(contract: Contract, folder: Path, customers: Customers, **budget: float) -> Worker:
     """Return a worker with known noise, so that two answers can be told apart without it."""
-    ledger = Ledger(folder / "ledger.sqlite", Budget(**{"epsilon": 1.0, "delta": 1e-5, **budget}))
+    caps = Budget(**{"epsilon": 1.0, "delta": 1e-5, **budget})
+    ledger = ledger_at(folder / "ledger.sqlite", Identity.generate("m"), caps)
     return Worker(
         "m", contract, customers, ledger, accept_unmasked_sums=True, noise_for=seeded_noise(1, "m")
     )
@@ -52,8 +58,15 @@ def request_of(
     attempt: int = 0,
     average: float = 1.0,
 ) -> SumRequest:
-    """Return a request for the first update."""
-    return SumRequest(run, contract.sha256, UPDATE, 1, attempt, average, 0, 0, b"", b"", parameters)
+    """Return a request for the first update; it brings no countersignature."""
+    return SumRequest(
+        run, contract.sha256, UPDATE, 1, attempt, average, 0, 0, b"", b"", b"", parameters
+    )
+
+
+def answered(worker: Worker, request: SumRequest) -> SumAnswer:
+    """Let a merchant reserve the run; ask it with the witness's countersignature."""
+    return worker.answer(replace(request, countersigned=reserved(worker, request.run)))
 
 
 def some_customers(count: int, seed: int = 0) -> Customers:
@@ -99,14 +112,16 @@ def test_amplified_rounding_stays_within_the_charge(
     assert (release.steps == STEPS_PER_UNIT) == (ring_bits == 64)
     for seed in range(2):
         request = request_of(contract, amplifier(network, seed), run=f"run{seed}")
-        whole = worker_of(contract, tmp_path / f"{seed}", customers).answer(request)
+        whole = answered(worker_of(contract, tmp_path / f"{seed}", customers), request)
         assert not whole.refusal
         for missing in range(0, CUSTOMERS, 11):
             kept = np.delete(np.arange(CUSTOMERS), missing)
             neighbour = Customers(
                 customers.inputs[kept], customers.labels[kept], customers.held_out[kept]
             )
-            answer = worker_of(contract, tmp_path / f"{seed}-{missing}", neighbour).answer(request)
+            other = worker_of(contract, tmp_path / f"{seed}-{missing}", neighbour)
+            answer = answered(other, request)
+            assert not answer.refusal
             moved = lattice.from_ring(whole.vector - answer.vector)
             assert np.linalg.norm(moved.astype(np.float64)) <= allowed
 
@@ -118,7 +133,7 @@ def test_diverging_local_steps_answer_all_the_same(tmp_path: Path, count: int) -
     contract = contract_of(training=training)
     worker = worker_of(contract, tmp_path, some_customers(count))
     start = initial_parameters(contract)
-    answer = worker.answer(request_of(contract, start, average=0.0))
+    answer = answered(worker, request_of(contract, start, average=0.0))
     assert not answer.refusal
     assert answer.vector.shape == start.shape
 
@@ -133,28 +148,46 @@ class TestCapTowardsServer:
         assert cost > 2.0
         worker = worker_of(contract, tmp_path, some_customers(40), towards_server=2.0)
         refusal = worker.attest(Attest("run", contract.sha256)).refusal
-        assert "towards the server, its cap is 2" in refusal
+        assert re.search("towards the server to epsilon .*, its cap is 2 at", refusal)
+
+    def test_reservation(self, tmp_path: Path) -> None:
+        """A server that does not ask first reserves nothing, and gets no single message."""
+        contract = contract_of()
+        worker = worker_of(contract, tmp_path, some_customers(40), towards_server=2.0)
+        with pytest.raises(BudgetRefusal, match="towards the server"):
+            reserved(worker)
+        answer = worker.answer(request_of(contract, initial_parameters(contract)))
+        assert "needs a reservation" in answer.refusal
+        assert charges_of(worker.ledger) == {}
 
     def test_charge(self, tmp_path: Path) -> None:
-        """A server that does not ask first is stopped at the cap."""
+        """Single messages never cost more towards the server than the run reserved."""
         contract = contract_of()
-        worker = worker_of(contract, tmp_path, some_customers(40), towards_server=1.0)
+        cost = planned_epsilon_towards_server(contract)
+        worker = worker_of(contract, tmp_path, some_customers(40), towards_server=cost * 1.001)
         start = initial_parameters(contract)
-        answers = [
-            worker.answer(request_of(contract, start, attempt=attempt)) for attempt in range(62)
-        ]
+        reserved(worker)
+        request = replace(request_of(contract, start), countersigned=latest(worker.ledger))
+        answers = [worker.answer(replace(request, attempt=attempt)) for attempt in range(120)]
         refused = [answer for answer in answers if answer.refusal]
-        assert 0 < len(refused) < 62
-        assert "towards the server" in refused[0].refusal
+        assert 0 < len(refused) < 120
+        assert "would pass what this run reserved" in refused[0].refusal
+        charges = charges_of(worker.ledger).values()
+        assert epsilon([charge.towards_server for charge in charges], 1e-5) <= cost * (1 + 1e-9)
 
 
 def test_asking_for_ever_does_not_fill_the_ledger(tmp_path: Path) -> None:
-    """The same refused release is written down once."""
+    """The same refused reservation or release is written down once."""
     contract = contract_of()
     worker = worker_of(contract, tmp_path, some_customers(4), epsilon=0.01)
     request = request_of(contract, initial_parameters(contract))
-    assert all("its cap is 0.01" in worker.answer(request).refusal for _ in range(5))
-    assert [entry.kind for entry in worker.ledger.entries()] == ["refusal"]
+    for _ in range(5):
+        with pytest.raises(BudgetRefusal, match=r"its cap is 0\.01"):
+            reserved(worker)
+        assert "needs a reservation" in worker.answer(request).refusal
+    refusals = [(entry["stage"], entry["round"]) for entry in entries_of(worker.ledger, "refuse")]
+    assert refusals == [("reserve", 0), (UPDATE, 1)]
+    assert len(worker.ledger.entries()) == 3  # with the first, which opens it
 
 
 def test_a_seed_is_for_simulations(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ Claims, for each message that differs from the honest one:
 - A merchant either refuses it with an error that names a field, and remembers exactly what it
   did before; or what it sends and remembers is bound to what the message said: a context, a
   roster or a statement that is the honest one only if the message says the same. Boxes, codes
-  and shares that it acts on are the honest ones.
+  and shares that it acts on are the honest ones. A countersignature that it has need not come
+  again; none but the witness's own, of its own ledger, is taken.
 - The coordinator either refuses it, naming a field, or the sum in the end is right, or it is
   lost with a reason. The one exception is a masked vector, which nobody could know to be wrong:
   what was changed in it, modulo the ring, is changed in the sum, and nothing else.
@@ -25,10 +26,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from clients.app import create_app
 from clients.secure_sum import State, state_to_bytes
+from common.chain import Head
 from common.errors import HansaError, SecureSumError, WireError
+from common.ledger import Ledger
 from common.session import (
     Advert,
-    Escrow,
     Roster,
     from_bitmap,
     occasion_hash,
@@ -66,6 +68,7 @@ from tests.adversary.secure_world import (
     planted,
     shops,
 )
+from tests.witnessed import still_head, witness
 
 EACH = 200  # spoiled messages a field
 MERCHANTS = 4
@@ -281,24 +284,34 @@ def fields_of(message: Any) -> list[str]:
     return ["protocol", "type", *vars(message)]
 
 
-@dataclass
 class FreeLedger:
-    """Takes every charge, so that no limit stands between a message and the session."""
+    """Takes every charge, so that no limit stands between a message and the session.
 
-    charges: int = 0
+    What the witness says is checked by a real ledger, which stays as it was opened.
+    """
 
-    def charge(self, *_about: object) -> None:
-        """Count it."""
-        self.charges += 1
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def accept(self, countersigned: bytes) -> None:
+        """Check what the witness says."""
+        self._ledger.accept(countersigned)
+
+    def reserve(self, *about: object) -> Head:
+        """Check what the witness says, which comes last; return the head as it always is."""
+        countersigned = about[-1]
+        assert isinstance(countersigned, bytes)
+        self.accept(countersigned)
+        (entry,) = self._ledger.entries()
+        return Head(entry.seq, entry.link, entry.signature, entry.seq, ())
+
+    join = release = reserve
 
     def check_affordable(self, *_about: object) -> None:
         """Allow it."""
 
     def note_sum(self, *_about: object) -> None:
         """Forget it."""
-
-    def take_step(self, _step: str) -> None:
-        """Allow it, as often as it comes."""
 
 
 @dataclass
@@ -322,20 +335,19 @@ def moments(found: Shops) -> list[Moment]:
     found.set_up(1, "old")
     old_roster = found.rosters[1]
     old_escrows = dict(found.escrows)
-    begin = Advertise("run", sha256, 1)
-    remember(begin, run=["old"], contract=["0" * 64])
-    roster = [worker.advertise(begin).advert for worker in found.workers]
-    remember(Share(1, roster), roster=old_roster)
-    found.rosters[1] = roster
-    for position, worker in enumerate(found.workers):
-        raw = worker.share(Share(1, roster)).escrow
-        found.escrows[1, 1, position] = Escrow.from_bytes(raw, MERCHANTS)
+    seen = [found.countersigned(position) for position in range(MERCHANTS)]
+    begin = Advertise("run", sha256, 1, seen[0])
+    remember(begin, run=["old"], contract=["0" * 64], countersigned=seen[1:])
+    found.advertise()
+    remember(found.share_message(0), roster=old_roster, run=["old"], countersigned=seen[1:])
+    found.share()
     others = [found.request(position, 1).boxes for position in range(1, MERCHANTS)]
     old = b"".join(old_escrows[1, 1, p].box(0) for p in range(1, MERCHANTS))
     remember(
         found.request(0, 1),
         boxes=[*others, old],
         run=["old"],
+        countersigned=seen[1:],
         stage=["census", "evaluation", "profile", "update"],
         active=[to_bitmap(chosen, MERCHANTS) for chosen in ([0, 1, 2], [0, 1], [1, 2, 3], [0])],
     )
@@ -392,7 +404,9 @@ ERROR = re.compile(r"<class 'common\.errors\.(Wire|SecureSum)Error'>:<[\"']field
 def check_bound(kind: type[Any], record: RecordDict, merchant: Merchant, honest: "Outcome") -> None:
     """Check that an accepted message changed what the merchant is bound to, or nothing."""
     said, state = unpack(kind, record), merchant.state()
-    if kind is Advertise:
+    if getattr(said, "countersigned", b"") != getattr(honest.message, "countersigned", b""):
+        check_unwitnessed(said, state, honest.state)
+    elif kind is Advertise:
         context = session_context(said.run, said.session, said.contract)
         advert = Advert.from_bytes(state.own_advert)
         members = merchant.found.members
@@ -413,6 +427,14 @@ def check_bound(kind: type[Any], record: RecordDict, merchant: Merchant, honest:
         assert statement != survivors_statement(state.step.context, frozenset(range(MERCHANTS)))
     else:
         assert state == honest.state  # a merchant need not be told that it confirmed itself
+
+
+def check_unwitnessed(said: Any, state: State, honest: State) -> None:
+    """Check that the witness's word is the honest one or none, and that nothing else changed."""
+    assert said.countersigned == b""  # the ledger holds what it accepted before
+    assert (state.context, state.roster_hash) == (honest.context, honest.roster_hash)
+    steps = [None if one.step is None else one.step.context for one in (state, honest)]
+    assert steps[0] == steps[1]
 
 
 def check_request(said: SumRequest, state: State, honest: "Outcome") -> None:
@@ -482,7 +504,7 @@ def merchant(tmp_path_factory: pytest.TempPathFactory) -> Merchant:
     """Open four merchants whose ledgers take every charge."""
     found = shops(tmp_path_factory.mktemp("shops"), MERCHANTS)
     for worker in found.workers:
-        worker.ledger = FreeLedger()  # type: ignore[assignment]
+        worker.ledger = FreeLedger(worker.ledger)  # type: ignore[assignment]
     return Merchant(found)
 
 
@@ -524,6 +546,8 @@ class Play:
         self.session.take_advert(self.adverts[0], "m000")
         roster = self.session.close_roster()
         self.escrows = [client.share(roster) for client in self.world.clients]
+        self.public = self.world.identities[0].public
+        self.heads = [still_head(identity).to_bytes() for identity in self.world.identities]
 
     def dealt(self, escrow: bytes) -> tuple[Server, CoordinatorSession]:
         """Return the world after set-up, with the first merchant's escrow replaced."""
@@ -583,8 +607,23 @@ def check_sum(outcome: Any, changed: np.ndarray | None = None) -> None:
     assert np.array_equal(total, expected)
 
 
-def answers(message: Any, number: int, pool: Pool) -> Iterator[tuple[str, Any]]:
-    """Yield (field, spoiled answer), or (field, None) where `unpack` refused, naming a field."""
+def shown(answer: Any, honest: Any, public: bytes) -> bool:
+    """Tell whether the witness takes an answer's head: it takes none but the honest one."""
+    if not hasattr(answer, "head"):
+        return True
+    try:
+        refused = witness().countersign({"m000": (public, Head.from_bytes(answer.head))})
+    except WireError as error:
+        assert str(error).startswith("field 'head'"), error  # noqa: PT017
+        return False
+    assert refused or answer.head == honest.head
+    return not refused
+
+
+def answers(
+    message: Any, number: int, pool: Pool, public: bytes = b""
+) -> Iterator[tuple[str, Any]]:
+    """Yield (field, spoiled answer), or (field, None) where it was refused, naming a field."""
     for field in fields_of(message):
         generator = Generator(f"{number} {type(message).__name__} {field}")
         records = spoiled_records(message, field, generator, pool.get(field, []))
@@ -596,7 +635,8 @@ def answers(message: Any, number: int, pool: Pool) -> Iterator[tuple[str, Any]]:
                 yield field, None
                 continue
             # what the coordinator checks next, before anything else: see `server.sums`
-            yield field, None if answer.merchant != message.merchant else answer
+            usable = answer.merchant == message.merchant and shown(answer, message, public)
+            yield field, answer if usable else None
 
 
 def refused(action: Callable[[], object]) -> bool:
@@ -614,8 +654,9 @@ def test_attested_and_advertised() -> None:
     play, thrown = Play(), 0
     for _field, _answer in answers(Attested("m000", "", False), 1, {}):
         thrown += 1
-    pool = {"advert": play.adverts[1:], "merchant": ["m001"]}
-    for _field, answer in answers(Advertised("m000", play.adverts[0]), 1, pool):
+    pool = {"advert": play.adverts[1:], "merchant": ["m001"], "head": play.heads[1:]}
+    honest = Advertised("m000", play.adverts[0], play.heads[0])
+    for _field, answer in answers(honest, 1, pool, play.public):
         thrown += 1
         if answer is None:
             continue
@@ -630,7 +671,9 @@ def test_shared() -> None:
     play, thrown, lost = Play(), 0, 0
     other = Play()
     pool = {"escrow": [*play.escrows[1:], *other.escrows], "merchant": ["m001"]}
-    for _field, answer in answers(Shared("m000", play.escrows[0]), 1, pool):
+    pool["head"] = play.heads[1:]
+    honest = Shared("m000", play.escrows[0], play.heads[0])
+    for _field, answer in answers(honest, 1, pool, play.public):
         thrown += 1
         if answer is None or refused(
             lambda a=answer: deepcopy(play.session).take_escrow(0, a.escrow)
@@ -653,8 +696,9 @@ def test_sum_answer() -> None:
     sent = masked(world, session)
     vector, escrow = sent[0]
     pool = {"escrow": [sent[p][1] for p in (1, 2, 3)] + [play.escrows[0]], "merchant": ["m001"]}
-    honest = SumAnswer("m000", "", escrow, vector)
-    for field, answer in answers(honest, 1, pool):
+    pool["head"] = play.heads[1:]
+    honest = SumAnswer("m000", "", escrow, play.heads[0], vector)
+    for field, answer in answers(honest, 1, pool, play.public):
         thrown += 1
         if answer is None or answer.refusal:
             continue

@@ -56,6 +56,7 @@ from tests.adversary.secure_world import (
     shops,
     small_contract,
 )
+from tests.witnessed import archive_at
 
 LIAR = 1
 LOW_ORDER = [
@@ -324,7 +325,7 @@ class TestAdverts:
     @staticmethod
     def signed(world: Server, transport: bytes, masking: bytes) -> bytes:
         """Return an advert of the liar, truly signed, with keys of its choice."""
-        unsigned = Advert("m001", transport, masking, b"")
+        unsigned = Advert("m001", transport, masking, bytes(32), b"")
         signature = world.identities[LIAR].sign(unsigned.signed(CONTEXT))
         return replace(unsigned, signature=signature).to_bytes()
 
@@ -550,7 +551,9 @@ def run_over_grid(found: Shops, tamper: Tamper, nodes: list[int] | None = None) 
         return tamper(int(context.node_config["partition-id"]), message, reply)
 
     grid = InProcessGrid(answer, len(speaks), {}, None)  # type: ignore[arg-type]
-    return Coordinator(grid, found.contract, lambda _report: None, found.members).run()
+    folder = found.workers[0].ledger.path.with_name("server")
+    archive = archive_at(folder)
+    return Coordinator(grid, found.contract, lambda _report: None, found.members, archive).run()
 
 
 def tiny(count: int, spare: int = 2) -> Any:
@@ -589,7 +592,7 @@ class TestOverTheGrid:
             return reply
 
         outcome = run_over_grid(found, tamper)
-        assert "is not that of 'm001'" in outcome.failures["m001"]
+        assert "is not signed with this merchant's key" in outcome.failures["m001"]
         assert outcome.cohorts == [3, 3]
 
     @pytest.mark.parametrize("kind", [Shared, SumAnswer, Confirmed, Revealed])
@@ -657,12 +660,12 @@ def lying(kind: str, reply: Message) -> Message:
     return reply
 
 
-def low_order(found: Shops) -> Callable[[Any], bytes]:
+def low_order(found: Shops) -> Callable[[Any, bytes], bytes]:
     """Return an `advertise` whose signed keys have low order."""
 
-    def advertise(message: Any) -> bytes:
+    def advertise(message: Any, head: bytes) -> bytes:
         context = session_context(message.run, message.session, message.contract)
-        unsigned = Advert("m001", bytes(32), b"\x01" + bytes(31), b"")
+        unsigned = Advert("m001", bytes(32), b"\x01" + bytes(31), head, b"")
         signature = found.identities[LIAR].sign(unsigned.signed(context))
         return replace(unsigned, signature=signature).to_bytes()
 

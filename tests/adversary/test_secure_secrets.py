@@ -30,7 +30,7 @@ from common.session import (
     to_bitmap,
 )
 from common.shares import SECRET_BYTES
-from common.wire import Advertise, Confirm, Share, pack
+from common.wire import Advertise, Confirm, pack
 from server.secure_sum import CoordinatorSession
 from simulations.datasets import load
 from simulations.federation import Federation, assemble
@@ -49,6 +49,7 @@ from tests.adversary.secure_world import (
     unmasked_alone,
     worker_of,
 )
+from tests.witnessed import charges_of
 
 VICTIM = 0
 TAKEN = "this step of the secure sum was taken before; was the session's file put back?"
@@ -194,6 +195,10 @@ def test_a_run_tells_no_secret(
     for path in out.rglob("*"):
         if path.is_file() and path.parent.parent != out / "merchants":
             assert spy.found_in(path.read_bytes()) == set(), path
+    kept = [path for path in federation.server.parent.rglob("*") if path.is_file()]
+    assert {"ledger.sqlite", "witness.sqlite", "run.jsonl"} <= {path.name for path in kept}
+    for path in kept:  # ledgers and records are shown to auditors
+        assert spy.found_in(path.read_bytes()) == set(), path
     assert spy.found_in(b"\0".join(raw for _, raw in spy.told)) == set()
     check_shares(spy, dropped="" if fault is None else members_name(federation, 1))
 
@@ -267,7 +272,8 @@ def test_errors_tell_no_secret(
         raise PolicyError(f"{tmp_path}/m000.sealed: cannot be written (disk full)")
 
     monkeypatch.setattr(FileStore, "save", broken)
-    begin = Message(pack(Advertise("run", found.contract.sha256, 2)), FIRST_NODE, "query.advertise")
+    asked = pack(Advertise("run", found.contract.sha256, 2, b""))
+    begin = Message(asked, FIRST_NODE, "query.advertise")
     (reply,) = grid.send_and_receive([begin])
     assert "the merchant's side failed (PolicyError)" in reply.error.reason
     assert str(tmp_path) not in reply.error.reason
@@ -313,6 +319,11 @@ def restarted(found: Shops, folder: Path, position: int = VICTIM) -> None:
     found.workers[position].ledger.close()
     found.stores[position] = FileStore(folder / f"{name}.sealed", found.identities[position])
     found.workers[position] = worker_of(found, position, folder)
+
+
+def paid(found: Shops) -> list[tuple[str, int, int]]:
+    """Return stage, round and attempt of all that the victim was charged for."""
+    return list(charges_of(found.workers[VICTIM].ledger))
 
 
 def coordinator_for(found: Shops) -> CoordinatorSession:
@@ -389,11 +400,10 @@ class TestRestart:
         assert "was released before" in found.ask(VICTIM, 1).refusal
         assert TAKEN in found.ask(VICTIM, 1, attempt=1).refusal
         assert found.stores[VICTIM].load() == before
-        assert len(found.workers[VICTIM].ledger.entries()) == 1
+        assert paid(found) == [("update", 1, 0)]
         found.set_up(2)
         assert not found.ask(VICTIM, 1, attempt=1, session=2).refusal
-        attempts = [e.occasion.attempt for e in found.workers[VICTIM].ledger.entries()]
-        assert attempts == [0, 1]
+        assert paid(found) == [("update", 1, 0), ("update", 1, 1)]
 
     def test_a_crash_after_the_state_is_stored(self, tmp_path: Path) -> None:
         """An answer that was lost on its way is lost: the step is not taken up again."""
@@ -405,7 +415,7 @@ class TestRestart:
             with pytest.raises(SecureSumError, match="an old step is never taken up again"):
                 found.ask(VICTIM, 1, attempt=attempt)
         assert found.stores[VICTIM].load().phase is Phase.MASKED
-        assert len(found.workers[VICTIM].ledger.entries()) == 1
+        assert paid(found) == [("update", 1, 0)]
 
     def test_a_file_that_is_lost_or_changed(self, tmp_path: Path) -> None:
         """Without its file a merchant has no session; with a spoiled one neither."""
@@ -421,8 +431,8 @@ class TestRestart:
         with pytest.raises(SecureSumError, match="no session under way"):
             found.ask(VICTIM, 1)
         with pytest.raises(SecureSumError, match="no session under way"):
-            found.workers[VICTIM].share(Share(1, found.rosters[1]))
-        assert found.workers[VICTIM].ledger.entries() == []
+            found.workers[VICTIM].share(found.share_message(VICTIM))
+        assert paid(found) == []
 
 
 class TestRollback:
@@ -464,8 +474,7 @@ class TestRollback:
         answer = found.ask(VICTIM, 1, attempt=1)
         assert answer.refusal == TAKEN
         assert (answer.escrow, answer.vector.size) == (b"", 0)
-        attempts = [e.occasion.attempt for e in found.workers[VICTIM].ledger.entries()]
-        assert attempts == [0]
+        assert paid(found) == [("update", 1, 0)]
         assert found.stores[VICTIM].load() == before
         party = found.workers[VICTIM]._party  # the same step, with nobody who keeps a ledger
         truth = found.exact(VICTIM, before, found.request(VICTIM, 1), first)
@@ -545,13 +554,13 @@ class TestRollback:
         assert "was released before" in found.ask(VICTIM, 1).refusal
         assert dealt == [2]
         assert path.read_bytes() == raw
-        assert len(found.workers[VICTIM].ledger.entries()) == 1
+        assert paid(found) == [("update", 1, 0)]
 
     def test_a_roster_is_not_joined_again(self, tmp_path: Path) -> None:
         """A file put back to before SHARE deals nothing for the same roster and keys."""
         found = shops(tmp_path, 4, files=True)
-        message = Advertise("run", found.contract.sha256, 1)
-        roster = Share(1, [worker.advertise(message).advert for worker in found.workers])
+        found.advertise()
+        roster = found.share_message(VICTIM)
         path = tmp_path / "m000.sealed"
         raw = path.read_bytes()
         assert found.workers[VICTIM].share(roster).escrow

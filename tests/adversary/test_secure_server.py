@@ -61,6 +61,7 @@ from tests.adversary.secure_world import (
     unmasked_alone,
     worker_of,
 )
+from tests.witnessed import charges_of, entries_of
 
 VICTIM = 0
 
@@ -181,7 +182,7 @@ class TestRoster:
         with pytest.raises(SecureSumError, match="sorted and differ"):
             victim.share([adverts[1], adverts[0]])
         copies = [
-            b"m%03d" % number + adverts[1][4:68] + server.identities[number].sign(b"")
+            b"m%03d" % number + adverts[1][4:-64] + server.identities[number].sign(b"")
             for number in (1, 2)
         ]
         with pytest.raises(SecureSumError, match="two members have an equal key"):
@@ -817,8 +818,9 @@ class TestWorkers:
                     vectors.append(
                         server.exact(VICTIM, before[VICTIM], request, answer.vector).view(np.int32)
                     )
-        entries = server.workers[VICTIM].ledger.entries()
-        assert [(e.kind, e.occasion.attempt) for e in entries] == [("charge", 0), ("charge", 1)]
+        ledger = server.workers[VICTIM].ledger
+        assert list(charges_of(ledger)) == [("update", 1, 0), ("update", 1, 1)]
+        assert entries_of(ledger, "refuse") == []
         difference = vectors[0].astype(np.float64) - vectors[1]
         alone = server.workers[VICTIM]._plan.update
         share = alone.event.noise_multiplier * alone.steps / np.sqrt(2)
@@ -832,7 +834,7 @@ class TestWorkers:
                     continue
                 refusal = server.ask(VICTIM, step, attempt=attempt).refusal
                 assert f"update of round 1, attempt {attempt}, was released before" in refusal
-        assert len(server.workers[VICTIM].ledger.entries()) == 2
+        assert len(charges_of(ledger)) == 2
         assert server.stores[VICTIM].load().next_step == 3  # a refusal begins no step
 
     def test_what_masking_twice_would_leak(self) -> None:
@@ -871,7 +873,7 @@ class TestWorkers:
             )
         assert "pinned contract" in server.ask(VICTIM, 2, contract="0" * 64).refusal
         with pytest.raises(WireError, match="pinned contract"):
-            server.workers[VICTIM].advertise(Advertise("run", "0" * 64, 1))
+            server.workers[VICTIM].advertise(Advertise("run", "0" * 64, 1, b""))
         boxes = server.request(VICTIM, 1).boxes
         with pytest.raises(
             SecureSumError, match="'m001' left a box for step 2 that is not authentic"
@@ -881,7 +883,7 @@ class TestWorkers:
             handler = "confirm" if isinstance(message, Confirm) else "reveal"
             with pytest.raises(SecureSumError, match="this merchant is in session 1"):
                 getattr(server.workers[VICTIM], handler)(message)
-        assert len(server.workers[VICTIM].ledger.entries()) == 1
+        assert len(charges_of(server.workers[VICTIM].ledger)) == 1
         server.set_up(2)  # a new session does not make the old occasion new
         assert "was released before" in server.ask(VICTIM, 1, session=2).refusal
         with pytest.raises(SecureSumError, match="this merchant is in session 2, not 1"):
@@ -913,14 +915,14 @@ class TestWorkers:
         server = shops(tmp_path)
         honest = server.contract
         request = SumRequest(
-            "run", honest.sha256, "census", 0, 0, 0.0, 0, 0, b"", b"", np.zeros(24)
+            "run", honest.sha256, "census", 0, 0, 0.0, 0, 0, b"", b"", b"", np.zeros(24)
         )
         with pytest.raises(SecureSumError, match="no session under way"):
             server.workers[VICTIM].answer(request)
         server.set_up()
         with pytest.raises(SecureSumError, match="this merchant is in session 1, not 0"):
             server.workers[VICTIM].answer(request)
-        assert server.workers[VICTIM].ledger.entries() == []
+        assert charges_of(server.workers[VICTIM].ledger) == {}
 
 
 class TestTwoMessagesAtOnce:
@@ -935,12 +937,12 @@ class TestTwoMessagesAtOnce:
         def meanwhile(*_occasion: object) -> NoiseSource:
             """Set up another session of the same number while the sum is computed."""
             if not stale:
-                message = Advertise("run", server.contract.sha256, 1)
+                message = Advertise("run", server.contract.sha256, 1, b"")
                 party = server.workers[VICTIM]._party
-                stale.append(Advertised("m000", party.advertise(message)))
+                stale.append(Advertised("m000", party.advertise(message, bytes(32)), b""))
                 adverts = [stale[0].advert]
                 adverts += [w.advertise(message).advert for w in server.workers[1:]]
-                party.share(Share(1, adverts))
+                party.share(Share("run", server.contract.sha256, 1, b"", adverts))
             return NoiseSource.fresh()
 
         server.workers[VICTIM] = worker_of(server, VICTIM, tmp_path, noise_for=meanwhile)
@@ -951,7 +953,7 @@ class TestTwoMessagesAtOnce:
         assert stale
         state = server.stores[VICTIM].load()  # the new session is as it was set up
         assert (state.phase, state.next_step, state.step) == (Phase.READY, 1, None)
-        assert len(server.workers[VICTIM].ledger.entries()) == 1  # paid, and nothing left
+        assert len(charges_of(server.workers[VICTIM].ledger)) == 1  # paid, and nothing left
 
     def test_the_keys_of_a_smaller_session_unmask_a_larger_one(
         self, monkeypatch: pytest.MonkeyPatch

@@ -13,10 +13,17 @@ from clients.app import create_app, merchant_file, worker_of_node
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from clients.worker import Customers, Worker
+from common.budget import Budget
 from common.contract import Contract, contract_toml
-from common.errors import DataError, PolicyError
-from common.identity import Identity, Members
-from common.ledger import Budget, Ledger
+from common.errors import (
+    BudgetRefusal,
+    DataError,
+    LedgerError,
+    PolicyError,
+    ReplayRefusal,
+    WitnessRefusal,
+)
+from common.identity import Identity, Members, write_identity, write_members
 from common.network import initial_parameters
 from common.plan import lattice_of, plan_of
 from common.session import occasion_hash, session_context
@@ -38,6 +45,7 @@ from common.wire import (
 )
 from server.secure_sum import CoordinatorSession
 from simulations.grid import InProcessGrid
+from tests.witnessed import COORDINATOR, charges_of, latest, ledger_at, reserved, seen
 
 SECRET = "customer-4711"  # noqa: S105
 
@@ -55,9 +63,11 @@ def worker_of(contract: Contract, folder: Path, secure: SecureParty | None = Non
     """Return a worker of five customers."""
     inputs = np.zeros((5, contract.inputs))
     customers = Customers(inputs, np.zeros(5, dtype=np.int64), np.arange(5) < 2)
-    ledger = Ledger(folder / "ledger.sqlite", Budget(1.0, 1e-5))
-    name = secure.identity.merchant if secure else "shop"
-    return Worker(name, contract, customers, ledger, accept_unmasked_sums=True, secure=secure)
+    identity = secure.identity if secure else Identity.generate("shop")
+    ledger = ledger_at(folder / "ledger.sqlite", identity, Budget(1.0, 1e-5))
+    return Worker(
+        identity.merchant, contract, customers, ledger, accept_unmasked_sums=True, secure=secure
+    )
 
 
 @pytest.fixture
@@ -67,10 +77,13 @@ def worker(contract: Contract, tmp_path: Path) -> Worker:
 
 
 def request_of(worker: Worker, stage: str) -> SumRequest:
-    """Return a proper request for a plain sum."""
+    """Return a proper request for a plain sum, of a run that is reserved."""
     contract = worker.contract
+    countersigned = b"" if contract.aggregation.secure else reserved(worker, "r")
     parameters = initial_parameters(contract)
-    return SumRequest("r", contract.sha256, stage, 1, 0, 1.0, 0, 0, b"", b"", parameters)
+    return SumRequest(
+        "r", contract.sha256, stage, 1, 0, 1.0, 0, 0, b"", b"", countersigned, parameters
+    )
 
 
 class TestMessages:
@@ -81,6 +94,15 @@ class TestMessages:
         content = pack(Attest("r", worker.contract.sha256))
         reply = exchange(lambda _: worker, "query.attest", content)
         assert unpack(Attested, reply.content).merchant == "shop"
+
+    def test_reservation(self, worker: Worker) -> None:
+        """With plain sums the first message of a run brings a head, and no keys."""
+        message = Advertise("r", worker.contract.sha256, 0, b"")
+        reply = exchange(lambda _: worker, "query.advertise", pack(message))
+        answer = unpack(Advertised, reply.content)
+        assert (answer.merchant, answer.advert) == ("shop", b"")
+        assert list(worker.ledger.account().runs) == ["r"]
+        assert seen(worker.ledger, answer.head)
 
     @pytest.mark.parametrize(
         ("kind", "stage"),
@@ -101,15 +123,14 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("kind", "message"),
         [
-            ("query.advertise", Advertise("r", "c" * 64, 1)),
-            ("query.share", Share(1, [])),
+            ("query.share", Share("r", "c" * 64, 1, b"", [])),
             ("query.confirm", Confirm(1, 1, b"")),
             ("query.reveal", Reveal(1, 1, b"", b"")),
         ],
     )
     def test_no_session_with_plain_sums(self, worker: Worker, kind: str, message: Any) -> None:
         """A contract without secure sums has no sessions."""
-        if isinstance(message, Advertise):
+        if isinstance(message, Share):
             message = replace(message, contract=worker.contract.sha256)
         reply = exchange(lambda _: worker, kind, pack(message))
         assert reply.has_error()
@@ -120,7 +141,7 @@ class TestMessages:
         """A message type that the protocol lacks is an error."""
         reply = exchange(lambda _: worker, kind, pack(request_of(worker, "update")))
         assert reply.has_error()
-        assert worker.ledger.entries() == []
+        assert charges_of(worker.ledger) == {}
 
 
 class TestSecureMessages:
@@ -157,13 +178,17 @@ class TestSecureMessages:
             assert found.merchant == names[number]
             return found
 
-        advertise = Advertise("r", contract.sha256, 1)
+        advertise = Advertise("r", contract.sha256, 1, b"")
         for k in range(2):
-            advert = told(k, "query.advertise", advertise, Advertised).advert
-            server.take_advert(advert, names[k])
-        share = Share(1, server.close_roster())
+            advertised = told(k, "query.advertise", advertise, Advertised)
+            seen(workers[k].ledger, advertised.head)
+            server.take_advert(advertised.advert, names[k])
+        roster = server.close_roster()
         for k in range(2):
-            server.take_escrow(k, told(k, "query.share", share, Shared).escrow)
+            share = Share("r", contract.sha256, 1, latest(workers[k].ledger), roster)
+            shared = told(k, "query.share", share, Shared)
+            seen(workers[k].ledger, shared.head)
+            server.take_escrow(k, shared.escrow)
         request = request_of(workers[0], stage)
         release = plan_of(contract).release_of(stage, 1, 60)
         assert release is not None
@@ -172,8 +197,10 @@ class TestSecureMessages:
         for k in range(2):
             active, boxes = server.request(k)
             asked = replace(request, session=1, step=1, active=active, boxes=boxes)
+            asked = replace(asked, countersigned=latest(workers[k].ledger))
             answer = told(k, kind, asked, SumAnswer)
             assert answer.refusal == ""
+            assert seen(workers[k].ledger, answer.head)
             sent.append(answer.vector)
             server.take_masked(k, answer.vector, answer.escrow)
         confirm = Confirm(1, 1, server.close_sum())
@@ -188,8 +215,8 @@ class TestSecureMessages:
         small = np.abs(lattice_of(release, contract).from_ring(total)) * 2.0**-31
         assert small.max() < 0.5  # and are off the sum, which keeps away from the ring's end
         for worker in workers:
-            assert [e.occasion.stage for e in worker.ledger.entries()] == [stage]
-            assert worker.ledger.survivors("r") == {(stage, 1, 0): 2}
+            assert list(charges_of(worker.ledger)) == [(stage, 1, 0)]
+            assert worker.ledger.account().runs["r"].survivors == {(stage, 1, 0): 2}
 
     def test_a_step_that_was_not_prepared_is_an_error(
         self, contract: Contract, tmp_path: Path
@@ -201,7 +228,7 @@ class TestSecureMessages:
         reply = exchange(lambda _: worker, "train.update", pack(request_of(worker, "update")))
         assert reply.has_error()
         assert "no session under way" in reply.error.reason
-        assert worker.ledger.entries() == []
+        assert [entry.document["kind"] for entry in worker.ledger.entries()] == ["open"]
 
 
 class TestNothingTold:
@@ -215,6 +242,7 @@ class TestNothingTold:
             MemoryError(SECRET),
             DataError(f"{SECRET}.csv: row 17: the category is not in the contract"),
             PolicyError(f"/home/{SECRET}/merchant.toml: policy.epsilon: got {SECRET}"),
+            LedgerError(f"/home/{SECRET}/ledger.sqlite: entry 17 was changed"),
         ],
         ids=lambda error: type(error).__name__,
     )
@@ -230,7 +258,7 @@ class TestNothingTold:
         messages = {
             "query.attest": Attest("r", "c"),
             "train.update": request_of(worker, "update"),
-            "query.advertise": Advertise("r", "c", 1),
+            "query.advertise": Advertise("r", "c", 1, b""),
         }
         content = pack(messages[kind])
         with caplog.at_level(logging.ERROR, logger="hansa.merchant"):
@@ -240,6 +268,17 @@ class TestNothingTold:
         assert SECRET not in reply.error.reason
         assert "17" not in reply.error.reason
         assert SECRET in caplog.text
+
+    @pytest.mark.parametrize("refusal", [BudgetRefusal, ReplayRefusal, WitnessRefusal])
+    def test_refusals_are_told(self, refusal: type[LedgerError], worker: Worker) -> None:
+        """Why a merchant does not reserve may be said: it speaks of messages and caps alone."""
+
+        def refuse(_: Context) -> Worker:
+            raise refusal("the run would bring this merchant to epsilon 2, its cap is 1")
+
+        content = pack(Advertise("r", worker.contract.sha256, 0, b""))
+        reply = exchange(refuse, "query.advertise", content)
+        assert "its cap is 1" in reply.error.reason
 
     def test_failing_computation(self, worker: Worker) -> None:
         """A label that breaks the computation is not told either."""
@@ -298,6 +337,11 @@ class TestMerchantFile:
         (folder / "merchant.toml").write_text(
             '[merchant]\nid = "shop"\n[data]\nkind = "customers"\npath = "table.csv"\n'
             "[policy]\nepsilon = 2.0\ndelta = 1e-6\n[simulation]\nseed = 3\n"
+        )
+        identity = Identity.generate("shop")
+        write_identity(identity, folder / "identity.key")
+        write_members(
+            Members({"shop": identity.public}, COORDINATOR.public), tmp_path / "members.toml"
         )
         node = {"merchant": str(folder / "merchant.toml")}
         with pytest.raises(PolicyError, match="makes the noise guessable"):

@@ -7,9 +7,17 @@ import pytest
 from clients.joining import open_worker
 from clients.session_store import FileStore, MemoryStore
 from clients.worker import os_noise
+from common.budget import Budget
 from common.contract import Contract, contract_toml
 from common.errors import ContractError, DataError, IdentityError, PolicyError
-from common.identity import Identity, Members, write_identity, write_members
+from common.identity import (
+    Identity,
+    Members,
+    read_identity,
+    read_members,
+    write_identity,
+    write_members,
+)
 
 ROWS = "customer_id,spend,age,visits,member,plan,segment\n1,10,30,2,1,basic,low\n2,9,,1,0,,high\n"
 
@@ -27,7 +35,8 @@ def merchant(contract: Contract, tmp_path: Path) -> Path:
     )
     identity = Identity.generate("shop")
     write_identity(identity, folder / "identity.key")
-    write_members(Members({"shop": identity.public}), tmp_path / "members.toml")
+    witness = Identity.generate("coordinator").public
+    write_members(Members({"shop": identity.public}, witness), tmp_path / "members.toml")
     return folder / "merchant.toml"
 
 
@@ -36,8 +45,7 @@ def test_opens_everything(merchant: Path, contract: Contract) -> None:
     opened = open_worker(merchant)
     assert opened.worker.contract.sha256 == contract.sha256
     assert opened.worker.ledger.path == merchant.parent / "ledger.sqlite"
-    assert opened.worker.ledger.budget.epsilon == 2.0
-    assert opened.worker.ledger.budget.delta == 1e-6
+    assert opened.worker.ledger.budget == Budget(2.0, 1e-6)
     assert len(opened.table.labels) == 2
 
 
@@ -83,18 +91,54 @@ def test_own_contract_wins(merchant: Path, contract: Contract) -> None:
     assert open_worker(merchant).worker.contract.sha256 == own.sha256
 
 
-def test_plain_sums_need_no_key(merchant: Path, contract: Contract) -> None:
-    """A contract without secure sums opens without key and members."""
+def make_plain(merchant: Path, contract: Contract) -> None:
+    """Replace the federation's contract by one without secure sums."""
     plain = contract.revised(aggregation={"secure": False})
     (merchant.parents[2] / "contract.toml").write_text(contract_toml(plain))
-    (merchant.parent / "identity.key").unlink()
-    (merchant.parents[2] / "members.toml").unlink()
-    assert open_worker(merchant).worker._secure is None
 
 
+def test_plain_sums_have_no_sessions(merchant: Path, contract: Contract) -> None:
+    """A contract without secure sums needs the key for the ledger only."""
+    make_plain(merchant, contract)
+    worker = open_worker(merchant).worker
+    assert worker._secure is None
+    key = read_identity("shop", merchant.parent / "identity.key").public.hex()
+    assert worker.ledger.entries()[0].document["key"] == key
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_the_caps_are_those_of_the_policy(merchant: Path, contract: Contract, secure: bool) -> None:
+    """All of them reach the ledger."""
+    if not secure:
+        make_plain(merchant, contract)
+    merchant.write_text(
+        merchant.read_text() + "epsilon_towards_server = 3.0\nrefresh_days = 90.0\n"
+        "[policy.purposes]\nprofile = 0.5\ncensus = 0.25\n"
+    )
+    expected = Budget(2.0, 1e-6, 3.0, 90.0, (("census", 0.25), ("profile", 0.5)))
+    assert open_worker(merchant).worker.ledger.budget == expected
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_witness_must_be_pinned(merchant: Path, contract: Contract, secure: bool) -> None:
+    """Without one nothing could ever be released; no ledger is begun."""
+    if not secure:
+        make_plain(merchant, contract)
+    path = merchant.parents[2] / "members.toml"
+    write_members(Members(read_members(path).keys), path)
+    with pytest.raises(IdentityError, match=r"members\.toml: has no \[witness\] key"):
+        open_worker(merchant)
+    assert not (merchant.parent / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize("secure", [True, False])
 @pytest.mark.parametrize("missing", ["merchants/shop/identity.key", "members.toml"])
-def test_secure_sums_need_key_and_members(merchant: Path, missing: str) -> None:
+def test_key_and_members_are_needed(
+    merchant: Path, contract: Contract, missing: str, secure: bool
+) -> None:
     """The file that is missing is named, and no ledger is begun."""
+    if not secure:
+        make_plain(merchant, contract)
     path = merchant.parents[2] / missing
     path.unlink()
     with pytest.raises(IdentityError, match=path.name):

@@ -573,6 +573,14 @@ class TestState:
                 state_from_bytes(raw)
 
 
+HEAD = bytes(range(32))  # link of a ledger's last entry
+
+
+def share_of(number: int, roster: list[bytes]) -> Share:
+    """Return the message that shows a session's roster."""
+    return Share("run", "contract", number, b"", roster)
+
+
 class TestParty:
     """The merchant's side of the messages."""
 
@@ -597,11 +605,11 @@ class TestParty:
         context = session_context("run", number, "contract")
         session = CoordinatorSession(context, parties[0].members, 3)
         for party in parties:
-            advert = party.advertise(Advertise("run", "contract", number))
+            advert = party.advertise(Advertise("run", "contract", number, b""), HEAD)
             session.take_advert(advert, party.identity.merchant)
         roster = session.close_roster()
         for position, party in enumerate(parties):
-            session.take_escrow(position, party.share(Share(number, roster))[0])
+            session.take_escrow(position, party.share(share_of(number, roster))[0])
         return session
 
     @staticmethod
@@ -609,19 +617,25 @@ class TestParty:
         """Return a member's request of the step under way."""
         active, boxes = session.request(position)
         model = np.zeros(2)
-        return SumRequest("run", "contract", stage, 1, 0, 50.0, 1, 1, active, boxes, model)
+        return SumRequest("run", "contract", stage, 1, 0, 50.0, 1, 1, active, boxes, b"", model)
 
     def test_without_a_session_nothing_is_answered(self) -> None:
         """Every message but the first needs one."""
         party = self.parties()[0]
         messages = [
-            lambda: party.share(Share(1, [])),
+            lambda: party.share(share_of(1, [])),
             lambda: party.confirm(Confirm(1, 1, b"")),
             lambda: party.reveal(Reveal(1, 1, b"", b"")),
         ]
         for message in messages:
             with pytest.raises(SecureSumError, match="no session under way"):
                 message()
+
+    def test_an_advert_holds_the_ledgers_head(self) -> None:
+        """It is signed together with the keys."""
+        party = self.parties()[0]
+        raw = party.advertise(Advertise("run", "contract", 1, b""), HEAD)
+        assert Advert.from_bytes(raw).head == HEAD
 
     def test_another_sessions_number_is_refused(self) -> None:
         """A message to an earlier session does not reach this one."""
@@ -639,6 +653,15 @@ class TestParty:
         request = replace(self.request(session, 0, "update"), **change)  # type: ignore[arg-type]
         with pytest.raises(SecureSumError, match="of another run or contract"):
             parties[0].prepare(request)
+
+    @pytest.mark.parametrize("change", [{"run": "other"}, {"contract": "other"}])
+    def test_a_roster_of_another_run_or_contract_is_refused(self, change: dict[str, str]) -> None:
+        """Before anything is dealt."""
+        party = self.parties()[0]
+        advert = party.advertise(Advertise("run", "contract", 1, b""), HEAD)
+        message = replace(share_of(1, [advert]), **change)  # type: ignore[arg-type]
+        with pytest.raises(SecureSumError, match="of another run or contract"):
+            party.share(message)
 
     @pytest.mark.parametrize("kind", ["memory", "files"])
     def test_a_whole_step_tells_what_was_summed(self, kind: str, tmp_path: Path) -> None:

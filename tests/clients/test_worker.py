@@ -1,5 +1,6 @@
 """Tests of the worker, asked the way a malicious server would ask."""
 
+import json
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,17 +15,27 @@ from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from clients.worker import Customers, Worker, confusion_counts, profile_sums, seeded_noise
 from common.accounting import epsilon
+from common.budget import Budget
+from common.chain import Head
 from common.contract import Contract, parse_contract
-from common.errors import DataError, LedgerError, PolicyError, SecureSumError, WireError
+from common.errors import (
+    BudgetRefusal,
+    DataError,
+    LedgerError,
+    PolicyError,
+    SecureSumError,
+    WireError,
+    WitnessRefusal,
+)
 from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, local_lattice
 from common.identity import Identity, Members
-from common.ledger import Budget, Ledger
-from common.network import initial_parameters, network_of
+from common.network import initial_parameters, network_of, parameters_sha256
 from common.noise import NoiseSource
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, lattice_of, plan_of
 from common.session import occasion_hash, session_context
 from common.wire import Advertise, Attest, Confirm, Reveal, Share, SumAnswer, SumRequest
 from server.secure_sum import CoordinatorSession
+from tests.witnessed import charges_of, entries_of, latest, ledger_at, reserved, seen
 
 STAGES = {CENSUS: 0, UPDATE: 1, EVALUATION: 10, PROFILE: 20}
 BASE: dict[str, Any] = {
@@ -90,11 +101,13 @@ def make_worker(tmp_path: Path) -> MakeWorker:
     ) -> Worker:
         nonlocal made
         made += 1
-        ledger = Ledger(tmp_path / str(made) / "ledger.sqlite", Budget(cap, 1e-5))
+        identity = secure.identity if secure else Identity.generate("shop")
+        path = tmp_path / str(made) / "ledger.sqlite"
+        ledger = ledger_at(path, identity, Budget(cap, 1e-5))
         contract = contract or contract_of()
         customers = some_customers() if customers is None else customers
         return Worker(
-            secure.identity.merchant if secure else "shop",
+            identity.merchant,
             contract,
             customers,
             ledger,
@@ -107,10 +120,14 @@ def make_worker(tmp_path: Path) -> MakeWorker:
 
 
 def ask(worker: Worker, stage: str = UPDATE, **changes: Any) -> SumRequest:
-    """Return a proper request; keywords change fields."""
+    """Return a proper request; keywords change fields. For plain sums the run is reserved."""
     contract = worker.contract
     number, parameters = STAGES.get(stage, 1), initial_parameters(contract)
-    request = SumRequest("run", contract.sha256, stage, number, 0, 7.0, 0, 0, b"", b"", parameters)
+    if not contract.aggregation.secure and "countersigned" not in changes:
+        changes["countersigned"] = reserved(worker, changes.get("run", "run"))
+    request = SumRequest(
+        "run", contract.sha256, stage, number, 0, 7.0, 0, 0, b"", b"", b"", parameters
+    )
     return replace(request, **changes)
 
 
@@ -119,6 +136,7 @@ def refused(worker: Worker, request: SumRequest) -> str:
     answer = worker.answer(request)
     assert answer.refusal
     assert answer.vector.size == 0
+    assert answer.head == answer.escrow == b""
     assert answer.merchant == worker.merchant
     return answer.refusal
 
@@ -143,10 +161,18 @@ class TestAttest:
         assert "pinned contract" in make_worker().attest(Attest("run", "0" * 64)).refusal
 
     def test_cap(self, make_worker: MakeWorker) -> None:
-        """A plan beyond the cap is refused before anything is computed."""
+        """A plan beyond the cap is refused before anything is computed, and written down once."""
         worker = make_worker(cap=4.9)
-        assert "its cap is 4.9" in worker.attest(Attest("run", worker.contract.sha256)).refusal
-        assert worker.ledger.entries() == []
+        for _ in range(2):
+            assert "its cap is 4.9" in worker.attest(Attest("run", worker.contract.sha256)).refusal
+        opened, refusal = (entry.document for entry in worker.ledger.entries())
+        assert (opened["kind"], refusal["kind"], refusal["stage"]) == ("open", "refuse", "reserve")
+
+    def test_reserves_nothing(self, make_worker: MakeWorker) -> None:
+        """To take part costs nothing yet."""
+        worker = make_worker()
+        worker.attest(Attest("run", worker.contract.sha256))
+        assert [entry.document["kind"] for entry in worker.ledger.entries()] == ["open"]
 
     def test_unmasked_sums(self, make_worker: MakeWorker) -> None:
         """A merchant that does not accept unmasked sums does not take part."""
@@ -179,8 +205,10 @@ class TestRefusals:
     def test_wrong_field(self, make_worker: MakeWorker, changes: dict[str, Any], says: str) -> None:
         """A wrong field is named, nothing is charged and nothing is sent."""
         worker = make_worker()
-        assert says in refused(worker, ask(worker, **changes))
-        assert worker.ledger.entries() == []
+        request = ask(worker, **changes)
+        before = worker.ledger.entries()
+        assert says in refused(worker, request)
+        assert worker.ledger.entries() == before
 
     def test_long_stage_is_cut(self, make_worker: MakeWorker) -> None:
         """A server cannot make a merchant repeat endless text."""
@@ -188,11 +216,13 @@ class TestRefusals:
         assert len(refused(worker, ask(worker, stage="x" * 10**6))) < 200
 
     def test_unmasked_sums(self, make_worker: MakeWorker) -> None:
-        """Who does not accept unmasked sums answers no request, whatever was attested."""
+        """Who does not accept unmasked sums reserves and answers nothing, whatever was attested."""
         worker = make_worker(accept=False)
+        with pytest.raises(WireError, match="secure aggregation"):
+            reserved(worker)
         for stage in STAGES:
-            assert "secure aggregation" in refused(worker, ask(worker, stage))
-        assert worker.ledger.entries() == []
+            assert "secure aggregation" in refused(worker, ask(worker, stage, countersigned=b""))
+        assert [entry.document["kind"] for entry in worker.ledger.entries()] == ["open"]
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_replay(self, make_worker: MakeWorker, stage: str) -> None:
@@ -202,7 +232,7 @@ class TestRefusals:
         assert "released before" in refused(worker, ask(worker, stage))
         other = ask(worker, stage, parameters=np.ones(26))
         assert "released before" in refused(worker, other)
-        assert len(worker.ledger.entries()) == 1
+        assert list(charges_of(worker.ledger)) == [(stage, STAGES[stage], 0)]
 
     def test_profile_that_is_not_planned(self, make_worker: MakeWorker) -> None:
         """What the contract does not publish cannot be asked for."""
@@ -210,39 +240,77 @@ class TestRefusals:
         assert "no stage 'profile'" in refused(worker, ask(worker, PROFILE))
 
     @pytest.mark.parametrize("stage", STAGES)
+    def test_nothing_without_a_reservation(self, make_worker: MakeWorker, stage: str) -> None:
+        """A server that does not ask first gets nothing; another run's word does not help it."""
+        worker = make_worker()
+        other = reserved(worker, "other")
+        for countersigned in (b"", other):
+            refusal = refused(worker, ask(worker, stage, countersigned=countersigned))
+            assert "needs a reservation" in refusal
+        assert charges_of(worker.ledger, "run") == {}
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_nothing_before_the_witness_countersigned(
+        self, make_worker: MakeWorker, stage: str
+    ) -> None:
+        """Neither no countersignature will do, nor one from before, nor another witness's."""
+        worker = make_worker()
+        earlier = reserved(worker, "earlier")
+        worker.advertise(Advertise("run", worker.contract.sha256, 0, earlier))
+        for countersigned, says in (
+            (b"", "did not countersign"),
+            (earlier, "did not countersign"),
+            (earlier[:-1] + b" ", "not signed by the pinned witness"),
+            (b"countersigned", "field 'countersigned'"),
+        ):
+            assert says in refused(worker, ask(worker, stage, countersigned=countersigned))
+        assert charges_of(worker.ledger, "run") == {}
+        assert worker.answer(ask(worker, stage)).refusal == ""
+
+    @pytest.mark.parametrize("stage", STAGES)
     def test_endless_attempts(self, make_worker: MakeWorker, stage: str) -> None:
-        """Asking for ever ends at the merchant's cap, and what was sent stays within it."""
+        """A run beyond the merchant's cap is not reserved, and asking for ever gets nothing."""
         worker = make_worker(cap=3.0)
-        answers: list[SumAnswer] = []
-        for attempt in range(3000):
-            answers.append(worker.answer(ask(worker, stage, attempt=attempt)))
-            if answers[-1].refusal:
-                break
-        assert "its cap is 3" in answers[-1].refusal
-        charged = [e.event for e in worker.ledger.entries() if e.kind == "charge"]
-        assert len(charged) == len(answers) - 1
-        assert epsilon(charged, 1e-5) <= 3.0 + 1e-8
+        with pytest.raises(BudgetRefusal, match="its cap is 3"):
+            reserved(worker)
+        for attempt in range(10):
+            request = ask(worker, stage, attempt=attempt, countersigned=latest(worker.ledger))
+            assert "needs a reservation" in refused(worker, request)
+        assert charges_of(worker.ledger) == {}
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_one_run_ends_at_its_contract(self, make_worker: MakeWorker, stage: str) -> None:
         """However much the merchant's cap would allow, a run never passes its own epsilon."""
         worker = make_worker(cap=50.0)
+        request = ask(worker, stage)
         for attempt in range(3000):
-            answer = worker.answer(ask(worker, stage, attempt=attempt))
+            answer = worker.answer(replace(request, attempt=attempt))
             if answer.refusal:
                 break
-        assert "its contract allows 5" in answer.refusal
-        charged = [e.event for e in worker.ledger.entries() if e.kind == "charge"]
+        assert "would pass what this run reserved" in answer.refusal
+        charged = [charge.event for charge in charges_of(worker.ledger).values()]
+        assert len(charged) == attempt
         assert 4.0 < epsilon(charged, 1e-5) <= 5.0 + 1e-8
         assert worker.answer(ask(worker, stage, run="another")).refusal == ""
 
     def test_new_runs_start_with_what_is_left(self, make_worker: MakeWorker) -> None:
         """A server gains nothing by calling the run anew."""
-        worker = make_worker(cap=6.0)
-        answers = [worker.answer(ask(worker, EVALUATION, run=str(k))) for k in range(300)]
-        assert answers[-1].refusal
-        sent = sum(not answer.refusal for answer in answers)
-        assert sent == sum(e.kind == "charge" for e in worker.ledger.entries())
+        worker, runs = make_worker(cap=11.0), list[str]()
+        for number in range(300):
+            try:
+                request = ask(worker, EVALUATION, run=str(number))
+            except BudgetRefusal as refusal:
+                assert "its cap is 11" in str(refusal)  # noqa: PT017
+                break
+            assert worker.answer(request).refusal == ""
+            runs.append(str(number))
+        account = worker.ledger.account()
+        assert list(account.runs) == runs
+        assert 1 < len(runs) < 300
+        charged = [charge.event for run in account.runs.values() for charge in run.charged]
+        assert 5.0 * 2**0.5 < epsilon(charged, 1e-5) <= 11.0 + 1e-8
+        beyond = ask(worker, EVALUATION, run=str(len(runs)), countersigned=latest(worker.ledger))
+        assert "needs a reservation" in refused(worker, beyond)
 
 
 class TestCharges:
@@ -254,21 +322,32 @@ class TestCharges:
         self, make_worker: MakeWorker, stage: str, mode: str
     ) -> None:
         """When the noise is asked for, the ledger on disk already holds the planned event."""
-        seen: list[int] = []
+        kinds: list[str] = []
 
         def noise(*_: object) -> NoiseSource:
             connection = sqlite3.connect(worker.ledger.path)
-            seen.append(connection.execute("SELECT count(*) FROM entry").fetchone()[0])
+            rows = connection.execute("SELECT body FROM entry ORDER BY seq").fetchall()
+            kinds.extend(json.loads(body)["kind"] for (body,) in rows)
             connection.close()
             return NoiseSource.fresh()
 
         worker = make_worker(contract_of(training={"rounds": 20, "mode": mode}), noise_for=noise)
-        worker.answer(ask(worker, stage))
-        assert seen == [1]
+        request = ask(worker, stage)
+        worker.answer(request)
+        assert kinds == ["open", "reserve", "release"]
         release = plan_of(worker.contract).release_of(stage, STAGES[stage], 20)
         assert release is not None
-        (entry,) = worker.ledger.entries()
-        assert entry.event == release.event
+        (charge,) = charges_of(worker.ledger).values()
+        assert (charge.stage, charge.event) == (stage, release.event)
+        (entry,) = entries_of(worker.ledger, "release")
+        assert entry["parameters"] == parameters_sha256(request.parameters)
+
+    def test_answer_shows_the_ledger_with_the_release(self, make_worker: MakeWorker) -> None:
+        """The witness can follow the ledger from what it countersigned to the answer's head."""
+        worker = make_worker()
+        answer = worker.answer(ask(worker))
+        assert Head.from_bytes(answer.head).link == worker.ledger.entries()[-1].link
+        assert seen(worker.ledger, answer.head)
 
     @pytest.mark.parametrize("engine", ["fused", "opacus"])
     def test_charged_before_customers_are_read(self, make_worker: MakeWorker, engine: str) -> None:
@@ -278,20 +357,22 @@ class TestCharges:
         worker = make_worker(contract_of(training={"rounds": 20, "engine": engine}), broken)
         with pytest.raises(IndexError):
             worker.answer(ask(worker))
-        assert len(worker.ledger.entries()) == 1
+        assert len(charges_of(worker.ledger)) == 1
 
     def test_no_ledger_no_answer(self, make_worker: MakeWorker) -> None:
         """A ledger that cannot be written stops every release."""
         worker = make_worker()
+        request = ask(worker)
+        worker.ledger.close()
         worker.ledger.path.write_bytes(b"\x00" * 8192)
-        assert "ledger" in refused(worker, ask(worker))
+        assert "ledger" in refused(worker, request)
 
     def test_towards_server(self, make_worker: MakeWorker) -> None:
         """The entry says how little noise the single message holds: sigma / sqrt(m)."""
         worker = make_worker()
         worker.answer(ask(worker))
-        (entry,) = worker.ledger.entries()
-        ratio = entry.event.noise_multiplier / entry.towards_server.noise_multiplier
+        (charge,) = charges_of(worker.ledger).values()
+        ratio = charge.event.noise_multiplier / charge.towards_server.noise_multiplier
         assert ratio == pytest.approx(worker.contract.noise_contributors**0.5)
 
 
@@ -351,8 +432,9 @@ class TestSplit:
             labels=np.where(other_side, 1 - customers.labels, customers.labels),
         )
         one, other = make_worker(contract, customers), make_worker(contract, changed)
-        request = ask(one, stage, parameters=theta)
-        assert np.array_equal(one.answer(request).vector, other.answer(request).vector)
+        answers = [worker.answer(ask(worker, stage, parameters=theta)) for worker in (one, other)]
+        assert answers[0].refusal == answers[1].refusal == ""
+        assert np.array_equal(answers[0].vector, answers[1].vector)
 
     @pytest.mark.parametrize("stage", [CENSUS, UPDATE, EVALUATION])
     def test_unlabelled_customers_have_no_influence(
@@ -362,8 +444,10 @@ class TestSplit:
         customers = some_customers()
         inputs = np.where((customers.labels < 0)[:, None], 0.99, customers.inputs)
         one, other = make_worker(), make_worker(customers=replace(customers, inputs=inputs))
-        request = ask(one, stage, parameters=np.ones(26))
-        assert np.array_equal(one.answer(request).vector, other.answer(request).vector)
+        theta = np.ones(26)
+        answers = [worker.answer(ask(worker, stage, parameters=theta)) for worker in (one, other)]
+        assert answers[0].refusal == answers[1].refusal == ""
+        assert np.array_equal(answers[0].vector, answers[1].vector)
 
 
 class TestLocalMode:
@@ -437,8 +521,8 @@ class TestLocalMode:
         worker = make_worker(contract_of(training=training))
         answer = worker.answer(ask(worker))
         assert answer.refusal == ""
-        (entry,) = worker.ledger.entries()
-        assert entry.event == plan_of(worker.contract).update.event
+        (charge,) = charges_of(worker.ledger).values()
+        assert charge.event == plan_of(worker.contract).update.event
 
     @pytest.mark.slow
     def test_sampled_plan_can_be_spent(self, make_worker: MakeWorker) -> None:
@@ -495,11 +579,14 @@ def set_up(workers: list[Worker], enrolled: Members, number: int) -> Coordinator
     sha256 = workers[0].contract.sha256
     server = CoordinatorSession(session_context("run", number, sha256), enrolled, 2)
     for worker in workers:
-        answer = worker.advertise(Advertise("run", sha256, number))
+        answer = worker.advertise(Advertise("run", sha256, number, latest(worker.ledger)))
+        seen(worker.ledger, answer.head)
         server.take_advert(answer.advert, answer.merchant)
     roster = server.close_roster()
     for position, worker in enumerate(workers):
-        server.take_escrow(position, worker.share(Share(number, roster)).escrow)
+        shared = worker.share(Share("run", sha256, number, latest(worker.ledger), roster))
+        seen(worker.ledger, shared.head)
+        server.take_escrow(position, shared.escrow)
     return server
 
 
@@ -579,11 +666,12 @@ class TestSecureSums:
         """It is an error and no refusal, and the right request is answered afterwards."""
         workers, server = shops()
         request, _ = begin(workers, server, stage)
+        before = workers[0].ledger.entries()
         with pytest.raises(SecureSumError):
             workers[0].answer(replace(request, **changes))
-        assert workers[0].ledger.entries() == []
+        assert workers[0].ledger.entries() == before
         assert workers[0].answer(request).refusal == ""
-        assert len(workers[0].ledger.entries()) == 1
+        assert len(charges_of(workers[0].ledger)) == 1
 
     @pytest.mark.parametrize(
         "changes", [{"contract": "0" * 64}, {"round": 21}, {"parameters": np.full(26, np.nan)}]
@@ -592,8 +680,9 @@ class TestSecureSums:
         """What has nothing to do with the session is refused as in a plain sum."""
         workers, server = shops()
         request, _ = begin(workers, server)
+        before = workers[0].ledger.entries()
         assert "field '" in refused(workers[0], replace(request, **changes))
-        assert workers[0].ledger.entries() == []
+        assert workers[0].ledger.entries() == before
 
     def test_replay(self, shops: Callable[..., Shops]) -> None:
         """A step is taken once, and one occasion is paid once, in whatever session."""
@@ -607,11 +696,11 @@ class TestSecureSums:
         again = set_up(workers, party.members, 2)
         request, _ = (replace(r, session=2) for r in begin(workers, again))
         assert "released before" in refused(workers[0], request)
-        assert len(workers[0].ledger.entries()) == 1
+        assert len(charges_of(workers[0].ledger)) == 1
 
     def test_endless_attempts(self, shops: Callable[..., Shops]) -> None:
-        """Steps that are never unmasked are paid all the same, up to the cap."""
-        workers, server = shops(cap=3.0)
+        """Steps that are never unmasked are paid all the same, up to what the run reserved."""
+        workers, server = shops()
         for attempt in range(100):
             requests = begin(workers, server, attempt=attempt)
             answers = [w.answer(request) for w, request in zip(workers, requests, strict=True)]
@@ -619,29 +708,59 @@ class TestSecureSums:
                 break
             for position, answer in enumerate(answers):
                 server.take_masked(position, answer.vector, answer.escrow)
-        assert "its cap is 3" in answers[0].refusal
-        charged = [e.event for e in workers[0].ledger.entries() if e.kind == "charge"]
+        assert "would pass what this run reserved" in answers[0].refusal
+        charged = [charge.event for charge in charges_of(workers[0].ledger).values()]
         assert len(charged) == attempt > 0
-        assert epsilon(charged, 1e-5) <= 3.0 + 1e-8
+        assert 4.0 < epsilon(charged, 1e-5) <= 5.0 + 1e-8
+
+    def test_a_cap_that_is_too_low_is_no_session(self, shops: Callable[..., Shops]) -> None:
+        """A run that cannot be reserved gets no keys."""
+        with pytest.raises(BudgetRefusal, match="its cap is 3"):
+            shops(cap=3.0)
+
+    def test_nothing_before_the_witness_countersigned(self, shops: Callable[..., Shops]) -> None:
+        """A roster is joined, and a step taken, after a countersignature of the reservation."""
+        workers, _ = shops()
+        party, sha256 = workers[0]._secure, workers[0].contract.sha256
+        roster = [w.advertise(Advertise("another", sha256, 1, b"")).advert for w in workers]
+        for worker in workers:
+            with pytest.raises(WitnessRefusal, match="did not countersign"):
+                worker.share(Share("another", sha256, 1, latest(worker.ledger), roster))
+            assert len(entries_of(worker.ledger, "join")) == 1
+            assert charges_of(worker.ledger, "another") == {}
+        assert party is not None
+        set_up(workers, party.members, 2)
+        assert [entry["session"] for entry in entries_of(workers[0].ledger, "join")] == [1, 2]
 
     def test_towards_server(self, shops: Callable[..., Shops]) -> None:
         """Who sees sums only, and that is the coordinator too, sees the whole noise."""
         workers, server = shops()
         workers[0].answer(begin(workers, server)[0])
-        (entry,) = workers[0].ledger.entries()
-        assert entry.towards_server == entry.event
+        (charge,) = charges_of(workers[0].ledger).values()
+        assert charge.towards_server == charge.event
 
     def test_plain_contract_has_no_sessions(self, make_worker: MakeWorker) -> None:
-        """A server cannot begin one."""
+        """A server cannot begin one: what is reserved comes without keys, and nobody joins."""
         worker = make_worker()
-        with pytest.raises(WireError, match="has no secure sums"):
-            worker.advertise(Advertise("run", worker.contract.sha256, 1))
+        sha256 = worker.contract.sha256
+        assert worker.advertise(Advertise("run", sha256, 1, b"")).advert == b""
+        for action in (
+            lambda: worker.share(Share("run", sha256, 1, b"", [])),
+            lambda: worker.confirm(Confirm(1, 1, b"\x03")),
+            lambda: worker.reveal(Reveal(1, 1, b"\x03", b"")),
+        ):
+            with pytest.raises(WireError, match="has no secure sums"):
+                action()
 
     def test_another_contract_has_no_sessions(self, shops: Callable[..., Shops]) -> None:
-        """An advert is for the pinned contract only."""
+        """An advert, a reservation and a roster are for the pinned contract only."""
         workers, _ = shops()
+        before = workers[0].ledger.entries()
         with pytest.raises(WireError, match="field 'contract'"):
-            workers[0].advertise(Advertise("run", "0" * 64, 2))
+            workers[0].advertise(Advertise("run", "0" * 64, 2, b""))
+        with pytest.raises(WireError, match="field 'contract'"):
+            workers[0].share(Share("run", "0" * 64, 1, b"", []))
+        assert workers[0].ledger.entries() == before
 
 
 class TestCounts:
@@ -673,6 +792,8 @@ def test_locked_ledger_is_a_refusal(
 ) -> None:
     """A ledger that another process holds is no reason to answer without a charge."""
     worker = make_worker()
+    request = ask(worker)
+    worker.ledger.close()
     holder = sqlite3.connect(worker.ledger.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     connect = worker.ledger._connect
@@ -683,7 +804,7 @@ def test_locked_ledger_is_a_refusal(
         return connection
 
     monkeypatch.setattr(worker.ledger, "_connect", impatient)
-    assert refused(worker, ask(worker)) == (
+    assert refused(worker, request) == (
         "the merchant's ledger cannot be used; its own log says why"
     )
     with pytest.raises(LedgerError):

@@ -38,7 +38,7 @@ CONTEXT = session_context("run", 1, "contract")
 def advert(name: str, seed: int) -> Advert:
     """Return an advert with keys that depend on a seed."""
     transport, masking = (bytes([kind, *seed.to_bytes(31, "big")]) for kind in (1, 2))
-    return Advert(name, transport, masking, bytes(64))
+    return Advert(name, transport, masking, bytes([3] * 32), bytes(64))
 
 
 def adverts(count: int) -> tuple[Advert, ...]:
@@ -64,15 +64,15 @@ class TestAdvert:
     @settings(max_examples=50, deadline=None)
     @given(
         name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"),
-        keys=st.tuples(*[st.binary(min_size=size, max_size=size) for size in (32, 32, 64)]),
+        keys=st.tuples(*[st.binary(min_size=size, max_size=size) for size in (32, 32, 32, 64)]),
     )
-    def test_it_comes_back(self, name: str, keys: tuple[bytes, bytes, bytes]) -> None:
-        """Whatever the keys are."""
+    def test_it_comes_back(self, name: str, keys: tuple[bytes, bytes, bytes, bytes]) -> None:
+        """Whatever keys, head and signature are."""
         one = Advert(name, *keys)
         assert Advert.from_bytes(one.to_bytes()) == one
 
     @settings(max_examples=200, deadline=None)
-    @given(st.one_of(st.binary(max_size=300), st.binary(max_size=4).map(lambda b: b + bytes(128))))
+    @given(st.one_of(st.binary(max_size=300), st.binary(max_size=4).map(lambda b: b + bytes(160))))
     def test_any_bytes_are_read_or_refused(self, raw: bytes) -> None:
         """And what is read is the only reading."""
         with suppress(SecureSumError):
@@ -84,9 +84,9 @@ class TestAdvert:
     def test_names_that_are_none_are_refused(self, name: bytes) -> None:
         """Ids that no members.toml could hold."""
         with pytest.raises(SecureSumError, match="is no advert of a merchant"):
-            Advert.from_bytes(name + bytes(128))
+            Advert.from_bytes(name + bytes(160))
 
-    def test_a_signature_binds_the_session_the_name_and_both_keys(self) -> None:
+    def test_a_signature_binds_the_session_the_name_both_keys_and_the_head(self) -> None:
         """Each change gives another message to sign."""
         one = advert("shop", 1)
         changed = [
@@ -95,16 +95,18 @@ class TestAdvert:
             replace(one, transport=bytes(32)).signed(CONTEXT),
             replace(one, masking=bytes(32)).signed(CONTEXT),
             replace(one, transport=one.masking, masking=one.transport).signed(CONTEXT),
+            replace(one, head=bytes(32)).signed(CONTEXT),
+            replace(one, masking=one.head, head=one.masking).signed(CONTEXT),
             one.signed(CONTEXT),
         ]
         assert len(set(changed)) == len(changed)
 
     def test_a_real_advert_is_as_short_as_the_docs_say(self) -> None:
-        """Id, two keys, a signature."""
+        """Id, two keys, a ledger's head, a signature."""
         identity = Identity.generate("shop")
         one = advert("shop", 1)
         signed = replace(one, signature=identity.sign(one.signed(CONTEXT)))
-        assert len(signed.to_bytes()) == len("shop") + 128
+        assert len(signed.to_bytes()) == len("shop") + 160
 
 
 class TestRoster:

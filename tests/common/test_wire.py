@@ -43,31 +43,46 @@ raw = st.binary(max_size=40)
 MESSAGES = st.one_of(
     st.builds(Attest, texts, texts),
     st.builds(Attested, texts, texts, st.booleans()),
-    st.builds(Advertise, texts, texts, wholes),
-    st.builds(Advertised, texts, raw),
-    st.builds(Share, wholes, st.lists(raw, max_size=5)),
-    st.builds(Shared, texts, raw),
+    st.builds(Advertise, texts, texts, wholes, raw),
+    st.builds(Advertised, texts, raw, raw),
+    st.builds(Share, texts, texts, wholes, raw, st.lists(raw, max_size=5)),
+    st.builds(Shared, texts, raw, raw),
     st.builds(
-        SumRequest, texts, texts, texts, wholes, wholes, averages, wholes, wholes, raw, raw, floats
+        SumRequest,
+        texts,
+        texts,
+        texts,
+        wholes,
+        wholes,
+        averages,
+        wholes,
+        wholes,
+        raw,
+        raw,
+        raw,
+        floats,
     ),
-    st.builds(SumAnswer, texts, texts, raw, rings),
+    st.builds(SumAnswer, texts, texts, raw, raw, rings),
     st.builds(Confirm, wholes, wholes, raw),
     st.builds(Confirmed, texts, raw),
     st.builds(Reveal, wholes, wholes, raw, raw),
     st.builds(Revealed, texts, raw),
 )
 PARAMETERS = np.array([1.0, 2.0, 3.0])
-REQUEST = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, 2, 5, b"\x07", b"box", PARAMETERS)
-PLAIN = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, 0, 0, b"", b"", PARAMETERS)
-ANSWER = SumAnswer("shop", "", b"escrow", np.array([1, 2, 3], dtype=np.uint32))
-WIDE = SumAnswer("shop", "", b"", np.array([1, 2, 2**64 - 1], dtype=np.uint64))
+REQUEST = SumRequest(
+    "run", "c" * 64, "update", 3, 1, 40.5, 2, 5, b"\x07", b"box", b"seen", PARAMETERS
+)
+PLAIN = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, 0, 0, b"", b"", b"seen", PARAMETERS)
+ANSWER = SumAnswer("shop", "", b"escrow", b"head", np.array([1, 2, 3], dtype=np.uint32))
+WIDE = SumAnswer("shop", "", b"", b"head", np.array([1, 2, 2**64 - 1], dtype=np.uint64))
+SHARE = Share("r", "c", 1, b"seen", [b"one", b"two"])
 ONE_OF_EACH = [
     Attest("r", "c"),
     Attested("m", "", False),
-    Advertise("r", "c", 1),
-    Advertised("m", b"keys"),
-    Share(1, [b"one", b"two"]),
-    Shared("m", b"shares"),
+    Advertise("r", "c", 1, b"seen"),
+    Advertised("m", b"keys", b"head"),
+    SHARE,
+    Shared("m", b"shares", b"head"),
     REQUEST,
     PLAIN,
     ANSWER,
@@ -207,16 +222,16 @@ def test_endless_bytes() -> None:
     with pytest.raises(WireError, match="field 'boxes': expected at most 1048576"):
         unpack(SumRequest, changed(REQUEST, boxes=bytes(2**20 + 1)))
     with pytest.raises(WireError, match="field 'roster': expected at most 1048576"):
-        unpack(Share, changed(Share(1, []), roster=[b"", bytes(2**20 + 1)]))
+        unpack(Share, changed(SHARE, roster=[b"", bytes(2**20 + 1)]))
     with pytest.raises(WireError, match="field 'roster': expected a list of at most 1000"):
-        unpack(Share, changed(Share(1, []), roster=[b""] * 1001))
+        unpack(Share, changed(SHARE, roster=[b""] * 1001))
 
 
 @pytest.mark.parametrize("value", [["one", "two"], [1, 2], [1.0], b"one"], ids=str)
 def test_a_list_of_something_else(value: Any) -> None:
     """A roster is a list of bytes."""
     with pytest.raises(WireError, match="field 'roster'"):
-        unpack(Share, changed(Share(1, [b"one"]), roster=value))
+        unpack(Share, changed(SHARE, roster=value))
 
 
 class TestVectors:

@@ -10,8 +10,10 @@ from flwr.app import Context, Message
 from clients.app import create_app
 from clients.joining import customers_of
 from clients.worker import Worker
+from common.budget import Budget
 from common.contract import Contract
-from common.ledger import Budget, Ledger
+from common.ledger import Ledger
+from server.archive import open_archive
 from server.coordinator import Coordinator, Outcome, RoundReport
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
@@ -71,14 +73,21 @@ def federate(dataset: Dataset, tmp_path: Path) -> Federate:
         members = list(federation.members)
         for number, cap in (caps or {}).items():
             member = members[number]
-            budget = Budget(cap, contract.privacy.delta)
+            party = member.worker._secure
+            assert party is not None
+            ledger = Ledger(
+                tmp_path / "capped" / member.merchant / "ledger.sqlite",
+                Budget(cap, contract.privacy.delta),
+                party.identity,
+                federation.enrolled.witness,
+            )
             worker = Worker(
                 member.merchant,
                 contract,
                 customers_of(member.table, contract),
-                Ledger(tmp_path / "capped" / member.merchant / "ledger.sqlite", budget),
+                ledger,
                 accept_unmasked_sums=True,
-                secure=member.worker._secure,
+                secure=party,
             )
             members[number] = replace(member, worker=worker)
         return replace(federation, members=tuple(members))
@@ -109,6 +118,7 @@ def run_over_grid() -> RunOverGrid:
             return tamper(message, number(context), lambda m, _c=None: honest(m, context))
 
         grid = grid_type(answer, len(federation.members), {}, fault)  # type: ignore[arg-type]
-        return Coordinator(grid, federation.contract, on_round, federation.enrolled).run()
+        archive = open_archive(federation.server)
+        return Coordinator(grid, federation.contract, on_round, federation.enrolled, archive).run()
 
     return run

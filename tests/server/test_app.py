@@ -11,8 +11,9 @@ from flwr.app import Context, RecordDict
 from clients.app import create_app as create_client_app
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
-from common.errors import ContractError, IdentityError, RunError
-from common.identity import write_members
+from common.errors import ContractError, HansaError, IdentityError, RunError
+from common.identity import Identity, write_identity, write_members
+from common.ledger import Ledger
 from server.app import _paths, create_app
 from simulations.federation import Federation
 from simulations.grid import run_in_process
@@ -28,9 +29,8 @@ def context(**config: Any) -> Context:
 def write_files(federation: Federation, folder: Path) -> dict[str, Any]:
     """Write what the server reads; return the run configuration that names it."""
     (folder / "contract.toml").write_text(contract_toml(federation.contract))
-    if federation.contract.aggregation.secure:
-        write_members(federation.enrolled, folder / "members.toml")
-    return {"contract": str(folder / "contract.toml")}
+    write_members(federation.enrolled, folder / "members.toml")
+    return {"contract": str(folder / "contract.toml"), "server": str(federation.server)}
 
 
 def run_app(federation: Federation, config: dict[str, Any]) -> None:
@@ -42,17 +42,22 @@ def run_app(federation: Federation, config: dict[str, Any]) -> None:
 
 
 class TestPaths:
-    """Contract and bundle, from the run configuration."""
+    """Contract, bundle and the coordinator's own folder, from the run configuration."""
 
-    def test_a_federation_has_its_contract_and_bundle_inside(self) -> None:
-        """Both beside each other."""
-        found = _paths(context(federation="/f", contract="", out=""))
-        assert found == (Path("/f/contract.toml"), Path("/f/bundle"))
+    def test_a_federation_has_everything_inside(self) -> None:
+        """All beside each other."""
+        found = _paths(context(federation="/f", contract="", out="", server=""))
+        assert found == (Path("/f/contract.toml"), Path("/f/bundle"), Path("/f/server"))
 
     def test_what_is_stated_wins(self) -> None:
-        """A contract and a folder of one's own."""
-        found = _paths(context(federation="/f", contract="/c/x.toml", out="/o"))
-        assert found == (Path("/c/x.toml"), Path("/o"))
+        """A contract and folders of one's own."""
+        found = _paths(context(federation="/f", contract="/c/x.toml", out="/o", server="/s"))
+        assert found == (Path("/c/x.toml"), Path("/o"), Path("/s"))
+
+    def test_the_rest_lies_beside_a_contract_that_is_stated(self) -> None:
+        """Whatever the federation is."""
+        found = _paths(context(federation="/f", contract="/c/x.toml"))
+        assert found == (Path("/c/x.toml"), Path("/c/bundle"), Path("/c/server"))
 
     def test_naming_nothing_is_an_error_with_an_example(self) -> None:
         """The message shows what to type."""
@@ -73,6 +78,8 @@ def test_a_run_prints_a_json_line_a_round_and_publishes(
     ]
     assert lines[0]["epsilon"] < lines[1]["epsilon"] < contract.privacy.epsilon
     assert read_bundle(tmp_path / "bundle").contract == contract
+    (run,) = (federation.server / "runs").iterdir()
+    assert read_bundle(run / "bundle").contract == contract
 
 
 def test_a_seeded_merchant_marks_a_deployed_bundle(
@@ -91,19 +98,40 @@ def test_a_missing_contract_ends_the_run(
     federation = federate(contract)
     with pytest.raises(ContractError, match="no such contract file"):
         run_app(federation, {"federation": str(tmp_path)})
-    assert all(not member.worker.ledger.entries() for member in federation.members)
+    assert all(untouched(member.worker.ledger) for member in federation.members)
 
 
-def test_secure_sums_need_the_list_of_members(
-    federate: Federate, secure: Contract, tmp_path: Path
+def untouched(ledger: Ledger) -> bool:
+    """Tell whether nothing was written into a ledger since it was opened."""
+    return len(ledger.entries()) == 1
+
+
+def test_the_list_of_members_is_needed(
+    federate: Federate, contract: Contract, tmp_path: Path
 ) -> None:
-    """Without it nobody is asked, and the file is named."""
-    federation = federate(secure)
+    """Without it nobody is asked, and the file is named; plain sums need the witness's key too."""
+    federation = federate(contract)
     config = write_files(federation, tmp_path)
     (tmp_path / "members.toml").unlink()
     with pytest.raises(IdentityError, match=r"members\.toml: there is no list of members"):
         run_app(federation, config)
-    assert all(not member.worker.ledger.entries() for member in federation.members)
+    assert all(untouched(member.worker.ledger) for member in federation.members)
+
+
+@pytest.mark.parametrize("key", ["missing", "another"])
+def test_the_pinned_coordinators_key_is_needed(
+    federate: Federate, contract: Contract, tmp_path: Path, key: str
+) -> None:
+    """Nobody is asked by one that cannot countersign."""
+    federation = federate(contract)
+    config = write_files(federation, tmp_path)
+    own = federation.server / "identity.key"
+    own.unlink()
+    if key == "another":
+        write_identity(Identity.generate("coordinator"), own)
+    with pytest.raises(HansaError, match=r"identity\.key: (there is no|is not the key of the)"):
+        run_app(federation, config)
+    assert all(untouched(member.worker.ledger) for member in federation.members)
 
 
 def test_a_failed_run_publishes_nothing(

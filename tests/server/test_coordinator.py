@@ -1,25 +1,29 @@
 """Whole runs over the in-process grid: who is counted, who is left out and why, what it costs."""
 
-import contextlib
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from flwr.app import Message
 
 from common.accounting import epsilon
+from common.budget import Charge
 from common.contract import Contract
 from common.errors import BudgetRefusal, RunError
 from common.events import GaussianSum, merged
 from common.fixed_point import lattice_sensitivity
-from common.ledger import Occasion
+from common.identity import Identity
+from common.ledger import Ledger, whole_run
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, lattice_of, plan_of
 from common.wire import Attested, SumAnswer, SumRequest, pack, unpack
+from server.archive import open_archive
 from server.coordinator import Coordinator, Outcome, RoundReport
 from server.sums import MESSAGE_TYPES
 from simulations.federation import Federation
 from simulations.grid import InProcessGrid
+from tests.witnessed import charges_of, entries_of
 
 Answer = Callable[..., Message]
 Federate = Callable[..., Federation]
@@ -34,8 +38,8 @@ only_secure = pytest.mark.parametrize("contract", ["secure"], indirect=True)
 
 def charged(federation: Federation, number: int, outcome: Outcome) -> list[tuple[str, object]]:
     """Return (stage, event) of every charge of a merchant in a run."""
-    entries = federation.members[number].worker.ledger.entries(outcome.run)
-    return [(e.occasion.stage, e.event) for e in entries if e.kind == "charge"]
+    released = charges_of(federation.members[number].worker.ledger, outcome.run)
+    return [(stage, charge.event) for (stage, _, _), charge in released.items()]
 
 
 def lost(number: int, stage: str, *, word: str = "silent") -> Callable[[Message], str | None]:
@@ -171,10 +175,14 @@ class TestWholeRun:
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
     ) -> None:
         """Also where a seed fixes everything else."""
-        first = run_over_grid(federate(contract))
-        with pytest.raises(RunError):  # the budget was spent, but the run had a name
-            run_over_grid(federate(contract))
-        assert re.fullmatch(r"[0-9a-f]{16}", first.run)
+        federation = federate(contract)
+        first = run_over_grid(federation)
+        with pytest.raises(RunError, match="its cap is 1"):  # spent, but the run had a name
+            run_over_grid(federation)
+        kept = {folder.name for folder in (federation.server / "runs").iterdir()}
+        assert first.run in kept
+        assert len(kept) == 2
+        assert all(re.fullmatch(r"[0-9a-f]{16}", name) for name in kept)
 
 
 class TestRefusals:
@@ -191,31 +199,49 @@ class TestRefusals:
         assert "its cap is 0.5" in outcome.refusals[NAMES[1]]
         assert charged(federation, 1, outcome) == []
 
-    def test_a_cap_that_is_reached_in_mid_run_ends_a_merchants_part(
+    def test_what_a_run_reserved_is_there_to_its_end(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
     ) -> None:
-        """Another run spends in between; the merchant refuses, and the rest goes on."""
+        """Another run that wants to spend in between is refused, and this one goes on."""
         federation = federate(contract)
+        ledger, refusals = federation.members[2].worker.ledger, list[str]()
 
         def spend(report: RoundReport) -> None:
-            event, attempt = GaussianSum(30.0, 1.0), 0
-            with contextlib.suppress(BudgetRefusal):
-                for attempt in range(1000):
-                    occasion = Occasion("other", CENSUS, report.round, attempt, contract.sha256)
-                    federation.members[2].worker.ledger.charge(occasion, event, event)
-            assert attempt < 999
+            event = GaussianSum(30.0, 1.0)
+            charges, last = [Charge(CENSUS, event, event)], (CENSUS, 0)
+            with pytest.raises(BudgetRefusal) as refusal:
+                ledger.reserve(whole_run(f"other-{report.round}", contract.sha256), charges, last)
+            refusals.append(str(refusal.value))
 
         outcome = run_over_grid(federation, on_round=spend)
-        assert outcome.cohorts[0] == 5
+        assert ["its cap is 1" in refusal for refusal in refusals] == [True, True]
+        assert outcome.cohorts == [5, 5]
+        assert outcome.profile is not None
+        assert NAMES[2] in outcome.profile.merchants
+        assert list(ledger.account().runs) == [outcome.run]
+        spent = [event for _, event in charged(federation, 2, outcome)]
+        assert epsilon(spent, contract.privacy.delta) <= contract.privacy.epsilon
+
+    def test_a_run_that_is_closed_early_ends_a_merchants_part(
+        self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
+    ) -> None:
+        """Its ledger refuses what comes later; the rest goes on, and its reason is kept."""
+        federation = federate(contract)
+        ledger = federation.members[2].worker.ledger
+
+        def close(_report: RoundReport) -> None:
+            (run,) = ledger.account().runs
+            ledger.settle(run)
+
+        outcome = run_over_grid(federation, on_round=close)
+        assert outcome.cohorts == [5, 4]
         assert outcome.profile is not None
         assert NAMES[2] not in outcome.profile.merchants
-        assert "its cap is 1" in outcome.refusals[NAMES[2]]
-        spent = federation.members[2].worker.ledger.entries()
-        assert ("refusal", outcome.run) in {(entry.kind, entry.occasion.run) for entry in spent}
-        assert (
-            epsilon([e.event for e in spent if e.kind == "charge"], contract.privacy.delta)
-            <= contract.privacy.epsilon
-        )
+        assert "this run is closed" in outcome.refusals[NAMES[2]]
+        (refusal,) = entries_of(ledger, "refuse")
+        assert (refusal["run"], refusal["stage"]) == (outcome.run, UPDATE)
+        spent = [event for _, event in charged(federation, 2, outcome)]
+        assert epsilon(spent, contract.privacy.delta) <= contract.privacy.epsilon
 
     def test_too_few_willing_merchants_end_the_run_with_names_and_reasons(
         self, federate: Federate, contract: Contract, run_over_grid: RunOverGrid
@@ -229,7 +255,7 @@ class TestRefusals:
         for number in (0, 1, 3):
             assert NAMES[number] in str(e.value)
         assert "its cap is 0.25" in str(e.value)
-        assert all(not member.worker.ledger.entries() for member in federation.members)
+        assert all(not member.worker.ledger.account().runs for member in federation.members)
 
     @only_secure
     def test_secure_sums_need_no_such_consent(
@@ -280,14 +306,15 @@ class TestRefusals:
 
         def tamper(message: Message, number: int, honest: Answer) -> Message:
             if number < 3 and message.metadata.message_type == MESSAGE_TYPES[UPDATE]:
-                refusal = SumAnswer(NAMES[number], "not today", b"", np.zeros(0, dtype=np.uint32))
+                nothing = np.zeros(0, dtype=np.uint32)
+                refusal = SumAnswer(NAMES[number], "not today", b"", b"", nothing)
                 return Message(pack(refusal), reply_to=message)
             return honest(message)
 
         federation = federate(contract)
         with pytest.raises(RunError, match=r"update of round 1: too few merchants"):
             run_over_grid(federation, tamper=tamper)
-        paid = [e.occasion.stage for e in federation.members[4].worker.ledger.entries()]
+        paid = [stage for stage, _, _ in charges_of(federation.members[4].worker.ledger)]
         assert paid == [CENSUS, UPDATE]
 
 
@@ -390,7 +417,7 @@ class TestMissing:
         federation = federate(contract)
         outcome = run_over_grid(federation, fault=lost(3, CENSUS))
         assert outcome.cohorts == [4, 4, 4, 4, 4, 5, 5]
-        survivors = federation.members[0].worker.ledger.survivors(outcome.run)
+        survivors = federation.members[0].worker.ledger.account().runs[outcome.run].survivors
         assert [survivors[UPDATE, number, 0] for number in range(1, 8)] == outcome.cohorts
 
     @only_plain
@@ -479,7 +506,9 @@ class TestRetries:
         with pytest.raises(RunError, match="epsilon"):
             run_over_grid(federation, tamper=self.first_attempts_lost(UPDATE))
         for member in federation.members:
-            events = merged(entry.event for entry in member.worker.ledger.entries())
+            charges = charges_of(member.worker.ledger).values()
+            events = merged(charge.event for charge in charges)
+            assert len(charges) > 4
             assert epsilon(events, contract.privacy.delta) <= contract.privacy.epsilon * (1 + 1e-9)
 
     def test_many_reasons_are_cut_short(
@@ -519,11 +548,15 @@ def test_min_survivors_are_enough_to_start(
     assert run_over_grid(federation).merchants == [NAMES[0], *NAMES[2:]]
 
 
-@pytest.mark.parametrize("stage", ["query.advertise", "query.share"])
+@pytest.mark.parametrize(
+    ("contract", "stage"),
+    [("secure", "query.advertise"), ("secure", "query.share"), ("plain", "query.advertise")],
+    indirect=["contract"],
+)
 def test_an_attempt_that_nobody_was_asked_for_is_not_counted(
-    federate: Federate, secure: Contract, run_over_grid: RunOverGrid, stage: str
+    federate: Federate, contract: Contract, run_over_grid: RunOverGrid, stage: str
 ) -> None:
-    """A session that could not be set up costs an attempt's number and no noise."""
+    """A session that could not be set up, or too few reservations, cost a number and no noise."""
     waiting = {2, 3, 4}
 
     def fault(message: Message) -> str | None:
@@ -533,7 +566,7 @@ def test_an_attempt_that_nobody_was_asked_for_is_not_counted(
         waiting.discard(node)
         return "silent"
 
-    federation = federate(secure)
+    federation = federate(contract)
     outcome = run_over_grid(federation, fault=fault)
     assert "nobody was asked" in outcome.failures["census of round 0"]
     assert [found for found, _ in outcome.events].count(CENSUS) == 1
@@ -542,11 +575,51 @@ def test_an_attempt_that_nobody_was_asked_for_is_not_counted(
         assert charged(federation, number, outcome) == outcome.events
 
 
-def test_secure_sums_need_the_enrolled_members(secure: Contract) -> None:
-    """A coordinator that does not know them does not begin."""
+@pytest.mark.parametrize("witness", [b"", Identity.generate("another").public])
+def test_merchants_must_have_pinned_this_coordinator(
+    federate: Federate, contract: Contract, witness: bytes
+) -> None:
+    """One whose countersignatures they would not accept does not begin."""
+    federation = federate(contract)
+    members = replace(federation.enrolled, witness=witness)
     grid = InProcessGrid(lambda _m, _c: None, 0, {})  # type: ignore[arg-type]
-    with pytest.raises(RunError, match="list of enrolled members"):
-        Coordinator(grid, secure, lambda _report: None)
+    archive = open_archive(federation.server)
+    with pytest.raises(RunError, match="is not the key of the witness"):
+        Coordinator(grid, contract, lambda _report: None, members, archive)
+    assert not (federation.server / "runs").exists()
+
+
+def test_a_stranger_is_in_no_sum(
+    federate: Federate, contract: Contract, run_over_grid: RunOverGrid
+) -> None:
+    """The witness follows the ledgers of the enrolled only, whatever the sums are."""
+    federation = federate(contract)
+    keys = {name: key for name, key in federation.enrolled.keys.items() if name != NAMES[2]}
+    federation = replace(federation, enrolled=replace(federation.enrolled, keys=keys))
+    outcome = run_over_grid(federation)
+    assert outcome.cohorts == [4, 4]
+    assert outcome.failures[NAMES[2]] == f"field 'merchant': '{NAMES[2]}' is not enrolled"
+    assert charged(federation, 2, outcome) == []
+
+
+def test_a_ledger_that_was_put_back_is_found_out(
+    federate: Federate, contract: Contract, run_over_grid: RunOverGrid
+) -> None:
+    """The merchant itself notices before it spends, and the run goes on without it."""
+    federation = federate(contract, caps=dict.fromkeys(range(5), 50.0))
+    worker = federation.members[2].worker
+    path, party = worker.ledger.path, worker._secure
+    assert party is not None
+    worker.ledger.close()
+    before = path.read_bytes()
+    run_over_grid(federation)
+    worker.ledger.close()
+    path.write_bytes(before)
+    worker.ledger = Ledger(path, worker.ledger.budget, party.identity, federation.enrolled.witness)
+    outcome = run_over_grid(federation)
+    assert outcome.cohorts == [4, 4]
+    assert "the ledger was put back from a copy" in outcome.failures[NAMES[2]]
+    assert not worker.ledger.account().runs
 
 
 @only_plain

@@ -457,7 +457,7 @@ class TestBundle:
     ) -> None:
         """Neither confusion counts nor the number of customers are the merchants' exact ones."""
         bundle = read_bundle(published)
-        workers = [member.worker for member in federate(contract).members]
+        workers = [member.worker for member in federate(contract, ledgers="again").members]
         exact = sum(
             confusion_counts(
                 worker._test[1], bundle.network.predictions(bundle.parameters, worker._test[0]), 4

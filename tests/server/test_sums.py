@@ -1,7 +1,7 @@
 """Sums over a cohort on the in-process grid: sessions, losses, renewal and groups."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ from common.wire import (
     pack,
     unpack,
 )
+from server.archive import open_archive
 from server.cohort import Cohort
 from server.sums import _RENEWAL_STEPS, MESSAGE_TYPES, LatticeSum, PlainSums, SecureSums
 from simulations.datasets import Dataset
 from simulations.federation import Federation, assemble
 from simulations.grid import FIRST_NODE, InProcessGrid
+from tests.witnessed import new_record, still_head, witness
 
 LENGTH = 7
 SILENCE_S = 0.001
@@ -72,7 +74,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         identities = [Identity.generate(name) for name in names_of(self.count)]
-        self.members = Members({one.merchant: one.public for one in identities})
+        keys = {one.merchant: one.public for one in identities}
+        self.members = Members(keys, witness().public)
+        self.heads = [still_head(one) for one in identities]
         minimum = self.contract.min_survivors
         self.parties = [
             SecureParty(one, self.members, minimum, MemoryStore()) for one in identities
@@ -83,8 +87,8 @@ class Bench:
         self.vectors = generator.integers(0, most, (self.count, LENGTH), dtype=dtype, endpoint=True)
         grid = InProcessGrid(self.app(), self.count, {}, self.fate)
         nodes = {number + FIRST_NODE: name for number, name in enumerate(names_of(self.count))}
-        self.cohort = Cohort(grid, SILENCE_S, nodes)
-        self.sums = SecureSums(self.cohort, self.contract, self.members, "run")
+        self.cohort = Cohort(grid, SILENCE_S, witness(), self.members, nodes)
+        self.sums = SecureSums(self.cohort, self.contract, "run", new_record())
         self.rounds = 0
 
     def fate(self, message: Message) -> str | None:
@@ -94,7 +98,7 @@ class Bench:
         return "silent" if self.lost(kind, number) else self.error(kind, number)
 
     def app(self) -> ClientApp:
-        """Return an app whose merchants hold one vector each, without ledger and without noise."""
+        """Return an app whose merchants hold one vector each; their ledgers never change."""
         app = ClientApp()
 
         def handler(kind: type[Any], answer: Callable[[int, Any], Any]) -> Any:
@@ -105,35 +109,66 @@ class Bench:
 
             return handle
 
-        def name(number: int) -> str:
-            return names_of(self.count)[number]
-
-        def summed(number: int, request: SumRequest) -> SumAnswer:
-            party = self.parties[number]
-            if number in self.refusing:
-                return SumAnswer(name(number), "no more", b"", self.vectors[number][:0])
-            prepared = party.prepare(request)
-            masked, escrow = party.mask(request.session, prepared, self.vectors[number])
-            return SumAnswer(name(number), "", escrow, masked)
-
-        party = self.parties.__getitem__
         answers: list[tuple[str, type[Any], Callable[[int, Any], Any]]] = [
-            ("advertise", Advertise, lambda n, m: Advertised(name(n), party(n).advertise(m))),
-            ("share", Share, lambda n, m: Shared(name(n), party(n).share(m)[0])),
-            ("census", SumRequest, summed),
-            ("confirm", Confirm, lambda n, m: Confirmed(name(n), party(n).confirm(m))),
-            ("reveal", Reveal, lambda n, m: Revealed(name(n), party(n).reveal(m)[0])),
+            ("advertise", Advertise, self.advertised),
+            ("share", Share, self.shared),
+            ("census", SumRequest, self.summed),
+            ("confirm", Confirm, self.confirmed),
+            ("reveal", Reveal, self.revealed),
         ]
         for action, kind, answer in answers:
             app.query(action)(handler(kind, answer))
         return app
+
+    def name(self, number: int) -> str:
+        """Return a merchant's id."""
+        return names_of(self.count)[number]
+
+    def advertised(self, number: int, message: Advertise) -> Advertised:
+        """Show keys and head."""
+        head = self.heads[number]
+        advert = self.parties[number].advertise(message, head.link)
+        return Advertised(self.name(number), advert, head.to_bytes())
+
+    def shared(self, number: int, message: Share) -> Shared:
+        """Deal the first step's shares."""
+        escrow, _ = self.parties[number].share(message)
+        return Shared(self.name(number), escrow, self.heads[number].to_bytes())
+
+    def summed(self, number: int, request: SumRequest) -> SumAnswer:
+        """Mask the vector, or refuse."""
+        party, head = self.parties[number], self.heads[number].to_bytes()
+        if number in self.refusing:
+            return SumAnswer(self.name(number), "no more", b"", b"", self.vectors[number][:0])
+        prepared = party.prepare(request)
+        masked, escrow = party.mask(request.session, prepared, self.vectors[number])
+        return SumAnswer(self.name(number), "", escrow, head, masked)
+
+    def confirmed(self, number: int, message: Confirm) -> Confirmed:
+        """Vouch for the survivors."""
+        return Confirmed(self.name(number), self.parties[number].confirm(message))
+
+    def revealed(self, number: int, message: Reveal) -> Revealed:
+        """Help to unmask."""
+        return Revealed(self.name(number), self.parties[number].reveal(message)[0])
 
     def ask(self) -> LatticeSum | None:
         """Ask for one sum."""
         self.rounds += 1
         self.asked.clear()
         request = SumRequest(
-            "run", self.contract.sha256, CENSUS, self.rounds, 0, 0.0, 0, 0, b"", b"", np.zeros(3)
+            "run",
+            self.contract.sha256,
+            CENSUS,
+            self.rounds,
+            0,
+            0.0,
+            0,
+            0,
+            b"",
+            b"",
+            b"",
+            np.zeros(3),
         )
         return self.sums.ask(request, LENGTH, lattice(self.bits))
 
@@ -235,8 +270,11 @@ class TestSums:
         ("kind", "name"),
         [
             (Advertised, "advert"),
+            (Advertised, "head"),
             (Shared, "escrow"),
+            (Shared, "head"),
             (SumAnswer, "escrow"),
+            (SumAnswer, "head"),
             (Confirmed, "confirmations"),
             (Revealed, "shares"),
         ],
@@ -255,6 +293,35 @@ class TestSums:
         found = bench.ask()
         bench.check(found, [0, 1, 3, 4] if kind in {Advertised, Shared, SumAnswer} else [*range(5)])
         assert "field '" in bench.cohort.failures["m02"]
+
+    @pytest.mark.parametrize("kind", [Advertised, Shared, SumAnswer])
+    def test_an_answer_with_anothers_head_is_not_counted(
+        self, secure: Contract, kind: type[Any]
+    ) -> None:
+        """The witness takes a head with its owner's signature only."""
+
+        def tamper(answer: Any, number: int) -> Any:
+            if number == 2 and isinstance(answer, kind):
+                return replace(answer, head=bench.heads[1].to_bytes())
+            return answer
+
+        bench = Bench(secure, 5, tamper=tamper)
+        bench.check(bench.ask(), [0, 1, 3, 4])
+        reason = "field 'head': is not signed with this merchant's key"
+        assert bench.cohort.failures == {"m02": reason}
+
+    def test_an_advert_that_is_bound_to_another_head_is_not_taken(self, secure: Contract) -> None:
+        """Keys and ledger belong together."""
+
+        def tamper(answer: Any, number: int) -> Any:
+            if number == 2 and isinstance(answer, Advertised):
+                message = Advertise("run", secure.sha256, 1, b"")
+                return replace(answer, advert=bench.parties[2].advertise(message, bytes(32)))
+            return answer
+
+        bench = Bench(secure, 5, tamper=tamper)
+        bench.check(bench.ask(), [0, 1, 3, 4])
+        assert "bound to another head" in bench.cohort.failures["m02"]
 
     def test_false_shares_are_told(self, secure: Contract) -> None:
         """The sum is right, and the notes say who may have lied."""
@@ -526,10 +593,11 @@ class TestBothWays:
         app = create_app(lambda context: members[int(context.node_config["partition-id"])].worker)
         grid = InProcessGrid(app, len(members), {})
         nodes = {number + FIRST_NODE: one.merchant for number, one in enumerate(members)}
-        cohort, plan = Cohort(grid, SILENCE_S, nodes), plan_of(contract)
-        ask = PlainSums(cohort, contract).ask
+        archive, plan = open_archive(federation.server), plan_of(contract)
+        cohort = Cohort(grid, SILENCE_S, archive.witness, federation.enrolled, nodes)
+        ask = PlainSums(cohort, contract, "run").ask
         if contract.aggregation.secure:
-            ask = SecureSums(cohort, contract, federation.enrolled, "run").ask
+            ask = SecureSums(cohort, contract, "run", archive.record("run")).ask
         found = []
         for stage, number, release in (
             (CENSUS, 0, plan.census),
@@ -538,7 +606,7 @@ class TestBothWays:
         ):
             model = np.full(plan.update.length, 0.01 * number)
             request = SumRequest(
-                "run", contract.sha256, stage, number, 0, 40.0, 0, 0, b"", b"", model
+                "run", contract.sha256, stage, number, 0, 40.0, 0, 0, b"", b"", b"", model
             )
             found.append(ask(request, release.length, lattice_of(release, contract)))
         assert not cohort.failures

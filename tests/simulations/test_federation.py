@@ -7,7 +7,7 @@ import pytest
 
 from common.contract import contract_toml, read_contract
 from common.errors import ContractError, DataError, IdentityError, PolicyError
-from common.identity import Members, read_members
+from common.identity import read_identity, read_members
 from simulations.datasets import Dataset, load, write_federation
 from simulations.federation import (
     assemble,
@@ -38,13 +38,16 @@ def folder(dataset: Dataset, tmp_path: Path) -> Path:
 
 
 def test_every_merchants_cap_is_the_contracts_epsilon(dataset: Dataset, tmp_path: Path) -> None:
-    """Ledgers are new and lie in a folder of their own."""
+    """Ledgers are new and lie in folders of their own; so does the coordinator's key."""
     contract = dataset.contract.revised(privacy={"epsilon": 3.0})
     federation = assemble(dataset, contract, tmp_path, None)
     assert [member.merchant for member in federation.members] == list(dataset.merchants)
     for member in federation.members:
         assert member.worker.ledger.budget.epsilon == 3.0
-        assert (tmp_path / member.merchant / "ledger.sqlite").is_file()
+        assert (tmp_path / "merchants" / member.merchant / "ledger.sqlite").is_file()
+    assert federation.server == tmp_path / "server"
+    key = read_identity("coordinator", tmp_path / "server" / "identity.key").public
+    assert federation.enrolled.witness == key
 
 
 def test_a_folder_gives_the_same_tables(dataset: Dataset, folder: Path) -> None:
@@ -108,13 +111,16 @@ def test_everybody_is_enrolled(dataset: Dataset, folder: Path, tmp_path: Path) -
     assert opened.enrolled == read_members(folder / "members.toml")
 
 
-def test_plain_sums_need_no_members(folder: Path) -> None:
-    """A federation whose contract has plain sums opens without keys."""
+@pytest.mark.parametrize("missing", ["members.toml", "merchants/merchant-0001/identity.key"])
+def test_plain_sums_need_keys_and_the_witness_too(folder: Path, missing: str) -> None:
+    """Every ledger is signed and countersigned, whatever the sums are."""
     make_plain(folder)
-    (folder / "members.toml").unlink()
-    for key in folder.glob("merchants/*/identity.key"):
-        key.unlink()
-    assert open_federation(folder).enrolled == Members({})
+    enrolled = open_federation(folder).enrolled
+    assert enrolled == read_members(folder / "members.toml")
+    assert enrolled.witness == read_identity("coordinator", folder / "server/identity.key").public
+    (folder / missing).unlink()
+    with pytest.raises(IdentityError, match=Path(missing).name):
+        open_federation(folder)
 
 
 def test_a_broken_file_of_a_merchant_is_named(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from simulations.federation import Federation, assemble, open_federation
 from simulations.result import RoundRecord, SimulationResult
 from simulations.run import prepare_folder, simulate
 from simulations.tables import summary_lines
+from tests.witnessed import charges_of
 
 MERCHANTS = 4
 
@@ -65,7 +67,7 @@ def run_small(dataset: Dataset, contract: Contract, tmp_path: Path) -> RunSmall:
     ) -> SimulationResult:
         out = tmp_path / name
         prepare_folder(out, overwrite=False)
-        federation = change(assemble(dataset, contract, out / "merchants", seed))
+        federation = change(assemble(dataset, contract, out, seed))
         return simulate(federation, out, lambda _record, _rounds: None, fault)
 
     return run
@@ -126,7 +128,7 @@ class TestSeeds:
             "import sys; from pathlib import Path; import hansa;"
             "d = hansa.load('synthetic', preset='smoke', merchants=4);"
             "c = d.contract.revised(training={'rounds': 3}); o = Path(sys.argv[1]); o.mkdir();"
-            "hansa.simulate(hansa.assemble(d, c, o / 'merchants', 5), o, lambda *_: None)"
+            "hansa.simulate(hansa.assemble(d, c, o, 5), o, lambda *_: None)"
         )
         models = []
         for number in ("1", "2"):
@@ -160,8 +162,8 @@ class TestBooks:
         contract = contract.revised(training=training, aggregation={"secure": secure})
         result = run_small(contract=contract, change=lambda f: seen.append(f) or f)
         for member in seen[0].members:
-            charged = [e for e in member.worker.ledger.entries() if e.kind == "charge"]
-            events = merged(entry.event for entry in charged)
+            ledger = member.worker.ledger
+            events = merged(charge.event for charge in charges_of(ledger, result.run).values())
             assert result.epsilon == epsilon(events, result.delta)
             audited = recompute([to_document(event) for event in events], result.delta)
             assert result.epsilon == pytest.approx(audited, rel=0.02)
@@ -198,9 +200,10 @@ class TestBooks:
         seen: list[Federation] = []
         result = run_small(change=lambda f: seen.append(f) or f)
         for member in seen[0].members:
-            charged = [e.occasion for e in member.worker.ledger.entries(result.run)]
-            noted = member.worker.ledger.survivors(result.run)
-            assert noted == {(o.stage, o.round, o.attempt): MERCHANTS for o in charged}
+            account = member.worker.ledger.account().runs[result.run]
+            assert account.released
+            assert account.survivors == dict.fromkeys(account.released, MERCHANTS)
+            assert account.settled
             member.worker.ledger.close()
 
     @pytest.mark.parametrize(("secure", "cohorts"), [(False, [3, 4, 4]), (True, [3, 3, 3])])
@@ -304,10 +307,18 @@ class TestFailedRun:
     """A run that ends in an error leaves nothing that looks finished."""
 
     def test_no_bundle_and_no_assignments(self, run_small: RunSmall, tmp_path: Path) -> None:
-        """Only the contract, the members and the ledgers, which are spent."""
+        """Only contract, members, ledgers, which are spent, and the coordinator's record of it."""
         with pytest.raises(RunError):
             run_small(fault=lambda m: "down" if "evaluate" in m.metadata.message_type else None)
-        left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        out = tmp_path / "out"
+        own = {path.name for path in (out / "server").rglob("*") if path.is_file()}
+        assert own == {"identity.key", "witness.sqlite", "contract.toml", "run.jsonl"}
+        (record,) = (out / "server" / "runs").glob("*/run.jsonl")
+        kinds = [json.loads(line)["kind"] for line in record.read_text().splitlines()]
+        assert kinds[0] == "start"
+        assert "end" not in kinds
+        shutil.rmtree(out / "server")
+        left = {path.name for path in out.rglob("*") if path.is_file()}
         ledgers = {"ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"}
         assert left <= {"contract.toml", "members.toml", *ledgers}
 
@@ -327,7 +338,7 @@ class TestFailedRun:
             raise KeyboardInterrupt
 
         prepare_folder(tmp_path / "o", overwrite=False)
-        federation = assemble(dataset, contract, tmp_path / "o" / "merchants", 1)
+        federation = assemble(dataset, contract, tmp_path / "o", 1)
         with pytest.raises(KeyboardInterrupt):
             simulate(federation, tmp_path / "o", interrupt)
         assert not (tmp_path / "o" / "bundle").exists()
@@ -380,6 +391,18 @@ class TestFolder:
         with pytest.raises(DataError, match="not overwritten"):
             prepare_folder(tmp_path / "f", overwrite=True)
         assert len(open_federation(tmp_path / "f").members) == MERCHANTS
+
+    def test_a_coordinators_folder_is_never_deleted(
+        self, dataset: Dataset, run_small: RunSmall, tmp_path: Path
+    ) -> None:
+        """Where merchants keep their files themselves it looks much like a simulation's."""
+        folder = tmp_path / "f"
+        write_federation(dataset, folder)
+        run_small().bundle.rename(folder / "bundle")
+        shutil.rmtree(folder / "merchants")
+        with pytest.raises(DataError, match="not overwritten"):
+            prepare_folder(folder, overwrite=True)
+        assert (folder / "server" / "identity.key").is_file()
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_file_is_no_folder(self, tmp_path: Path, overwrite: bool) -> None:

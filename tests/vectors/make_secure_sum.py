@@ -210,15 +210,20 @@ class Member:
         """Private key for pair masks."""
         return self.fixed("masking")
 
+    @property
+    def head(self) -> bytes:
+        """Link of its ledger's last entry."""
+        return self.fixed("head")
+
     def advert_message(self, context: bytes) -> bytes:
         """Return what the advert's signature is over."""
         keys = public(self.transport), public(self.masking)
-        return joined(b"advert", context, self.name.encode(), *keys)
+        return joined(b"advert", context, self.name.encode(), *keys, self.head)
 
     def advert(self, context: bytes) -> bytes:
-        """Return id, keys and signature."""
+        """Return id, keys, head and signature."""
         keys = self.name.encode() + public(self.transport) + public(self.masking)
-        return keys + signed(self.fixed("identity"), self.advert_message(context))
+        return keys + self.head + signed(self.fixed("identity"), self.advert_message(context))
 
     def secrets(self, step: int) -> bytes:
         """Return b and z of a step."""
@@ -630,7 +635,8 @@ def whole_session(bits: int) -> Entry:
         f"session and step of four members, one of them lost, modulo 2^{bits}",
         "docs/secure-aggregation.md from its beginning to its end. `secrets` are b and z of a "
         "step, `coefficients` those of degree 1 and 2; vectors are little-endian words. "
-        "Signed: 'advert', context, id, transport key, masking key, joined. Roster: digest of "
+        "Signed: 'advert', context, id, transport key, masking key, head, joined. An advert: id, "
+        "both keys, head (the link of its ledger's last entry), signature. Roster: digest of "
         "'roster', context, size and threshold (2 bytes each), adverts. Pair: HKDF-Extract(roster, "
         "X25519 of masking keys), expanded by the pair's information. Box and confirmation keys: "
         "HKDF-Extract(roster, X25519 of transport keys), expanded by label and direction. A box "
@@ -650,6 +656,7 @@ def whole_session(bits: int) -> Entry:
                     "identity": member.fixed("identity").hex(),
                     "transport": member.transport.hex(),
                     "masking": member.masking.hex(),
+                    "head": member.head.hex(),
                     "secrets": [member.secrets(number).hex() for number in (1, 2)],
                     "coefficients": [member.coefficients(number).hex() for number in (1, 2)],
                     "vector": vector.hex(),

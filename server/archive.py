@@ -1,0 +1,146 @@
+"""What the coordinator keeps: its key, the heads it witnessed, and a record of every run.
+
+    <folder>/identity.key       private, mode 0600; merchants pin its public half as the witness
+    <folder>/witness.sqlite     heads of the merchants' ledgers
+    <folder>/runs/<run>/        contract.toml, run.jsonl (docs/evidence.md), bundle/
+
+A record holds what everybody may see: noisy sums over many merchants and who took part. From it
+an auditor works out the published model again.
+"""
+
+import base64
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from common.contract import Contract, contract_toml
+from common.errors import RunError
+from common.identity import Identity, Members, read_identity, write_identity
+from common.versions import code_sha256, hansa_version
+from server.witness import Witness
+
+COORDINATOR = "coordinator"
+
+
+class RunRecord:
+    """Writes what happens in one run, line by line.
+
+    Args:
+        folder: Of the run; made here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
+
+    def start(self, run: str, contract: Contract, merchants: list[str], parameters: str) -> None:
+        """Write down a run's contract, and who takes part."""
+        text = contract_toml(contract)
+        (self._folder / "contract.toml").write_text(text, encoding="utf-8")
+        self._write(
+            kind="start",
+            run=run,
+            contract=contract.sha256,
+            at=time.time(),
+            merchants=merchants,
+            parameters=parameters,
+            hansa=hansa_version(),
+            code=code_sha256(),
+        )
+
+    def session(self, number: int, context: bytes, adverts: list[bytes]) -> None:
+        """Write down the roster of a session of secure sums."""
+        self._write(
+            kind="session",
+            session=number,
+            context=context.hex(),
+            adverts=[advert.hex() for advert in adverts],
+        )
+
+    def sum(self, total: Int[np.ndarray, " P"] | None, **fields: Any) -> None:
+        """Write down a sum that was asked for, and what came of it."""
+        raw = None if total is None else np.ascontiguousarray(total, dtype="<i8").tobytes()
+        encoded = None if raw is None else base64.b64encode(raw).decode()
+        self._write(kind="sum", **fields, total=encoded)
+
+    def end(self, parameters: str) -> None:
+        """Write down the final model."""
+        self._write(kind="end", parameters=parameters)
+
+    def _write(self, **line: Any) -> None:
+        try:
+            with (self._folder / "run.jsonl").open("a", encoding="ascii") as file:
+                file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"{self._folder}: the run cannot be recorded ({error})") from None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The coordinator's folder, opened."""
+
+    folder: Path
+    identity: Identity
+    witness: Witness
+
+    def record(self, run: str) -> RunRecord:
+        """Return the record of a new run."""
+        return RunRecord(self.folder / "runs" / run)
+
+    def keep_bundle(self, run: str, bundle: Path) -> None:
+        """Keep a copy of what a run published.
+
+        Raises:
+            RunError: It cannot be copied.
+        """
+        try:
+            shutil.copytree(bundle, self.folder / "runs" / run / "bundle")
+        except OSError as error:
+            raise RunError(f"{bundle}: cannot be kept in the archive ({error})") from None
+
+    def check_pinned(self, members: Members) -> None:
+        """Raise a `RunError` unless the members pinned this coordinator as their witness."""
+        if members.witness != self.identity.public:
+            raise RunError(
+                f"{self.folder / 'identity.key'}: is not the key of the witness that members.toml "
+                "names; merchants would not accept its countersignatures"
+            )
+
+
+def make_archive(folder: Path) -> Identity:
+    """Make a folder for a new coordinator, with a key of its own.
+
+    Raises:
+        IdentityError: There is a key already, or it cannot be written.
+        RunError: The folder cannot be made.
+    """
+    identity = Identity.generate(COORDINATOR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
+    write_identity(identity, folder / "identity.key")
+    return identity
+
+
+def open_archive(folder: Path) -> Archive:
+    """Open a coordinator's folder.
+
+    Raises:
+        IdentityError: Its key is missing or cannot be used.
+        RunError: The witness's record cannot be used.
+    """
+    identity = read_identity(COORDINATOR, folder / "identity.key")
+    return Archive(folder, identity, Witness(folder / "witness.sqlite", identity))
