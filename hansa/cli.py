@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from hansa.commands import audit as audit_commands
 from hansa.commands import data as data_commands
 from hansa.commands import merchant as merchant_commands
+from hansa.commands import server as server_commands
 
 app = typer.Typer(
     name="hansa",
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.app, name="data")
 app.add_typer(merchant_commands.app, name="merchant")
+app.add_typer(server_commands.app, name="server")
+app.add_typer(audit_commands.app, name="audit")
 
 DataOption = Annotated[
     str,

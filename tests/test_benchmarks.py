@@ -23,3 +23,19 @@ def test_secure_sum(tmp_path: Path) -> None:
     assert figures <= found.keys()
     assert all(found[name] > 0 for name in figures)
     assert found["bytes_up_over_bound"] < 1  # of 1.1 * 4 P + 200 n: no clock has a part in it
+
+
+@pytest.mark.slow
+def test_ledger(tmp_path: Path) -> None:
+    """Charges, a large ledger and a year's epsilon, in one JSON document."""
+    document = tmp_path / "ledger.json"
+    command = [sys.executable, "-m", "benchmarks.ledger", "--repeats", "1"]
+    command += ["--json", str(document), "--folder", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    figures = {
+        "verify_10k_s", "open_10k_s", "charge_ms", "reserve_ms", "epsilon_1y_ms",
+        "epsilon_1y_sampled_ms", "epsilon_1y_sampled_cold_ms",
+    }  # fmt: skip
+    assert figures <= found.keys()
+    assert all(found[name] > 0 for name in figures)

@@ -1,6 +1,5 @@
 """`hansa merchant`: what a merchant does with its own customers, on its own machine."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,18 @@ if TYPE_CHECKING:
     from clients.merchant import Merchant
     from common.contract import Contract
 
-app = typer.Typer(help="Check your table, assign your customers.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check your table, see your budget, plan a run, assign your customers.",
+    no_args_is_help=True,
+)
 
 FileArgument = Annotated[Path, typer.Argument(help="Your merchant.toml.")]
+PictureOption = Annotated[
+    Path | None, typer.Option(help="Draw it: a name that ends in .png, .svg or .html.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write it as JSON; - for the terminal.")
+]
 
 
 @app.command()
@@ -103,26 +111,17 @@ def _check_secure(merchant: "Merchant", folder: Path, contract: "Contract") -> N
 
 def _check_budget(merchant: "Merchant", contract: "Contract") -> None:
     """End with exit code 1 where a run would pass a cap, with all that was spent before."""
-    from clients.enrolment import budget_of
-    from common.errors import BudgetRefusal
-    from common.ledger import Ledger
+    import time
+
+    from clients.enrolment import spent_by
+    from clients.forecast import Spending
     from common.plan import plan_of
 
-    plan = plan_of(contract)
-    with tempfile.TemporaryDirectory() as nothing_spent:  # a check makes no ledger
-        path = merchant.ledger.path
-        ledger = Ledger(
-            path if path.exists() else Path(nothing_spent) / path.name, budget_of(merchant)
-        )
-        try:
-            ledger.check_affordable(
-                plan.events(), plan.events_towards_server(contract.exposed_contributors)
-            )
-        except BudgetRefusal as refusal:
-            typer.echo(f"your ledger refuses this contract: {refusal}")
-            raise typer.Exit(1) from None
-        finally:
-            ledger.close()
+    charges = plan_of(contract).charges(contract.exposed_contributors)
+    refusal = Spending(spent_by(merchant), time.time()).refusal_of(charges)
+    if refusal:
+        typer.echo(f"your ledger refuses this contract: the run {refusal}")
+        raise typer.Exit(1)
     typer.echo("a run under this contract would be accepted")
 
 
@@ -143,3 +142,104 @@ def assign(
     table = read_table(read_merchant(merchant_file), published.contract)
     write_assignments(assign_customers(published, table), out)
     typer.echo(f"{len(table.labels):,} customers assigned, in {out}")
+
+
+@app.command()
+def plan(
+    contract: Annotated[Path, typer.Argument(help="The contract that you may join.")],
+    merchant: Annotated[
+        Path | None, typer.Option(help="Your merchant.toml, to see what is left of your cap.")
+    ] = None,
+    customers: Annotated[
+        int | None, typer.Option(min=1, help="Customers with a segment that you have.")
+    ] = None,
+    merchants: Annotated[
+        int | None,
+        typer.Option(min=1, help="Merchants like you; default the contract's min_merchants."),
+    ] = None,
+    picture: PictureOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Before joining: what a run costs, round by round, and what quality to expect.
+
+    Nothing is sent, and no customer is read.
+    """
+    from hansa.commands.plan import Choices, run
+
+    run(Choices(contract, merchant, customers, merchants, picture, json))
+
+
+@app.command()
+def budget(
+    merchant_file: FileArgument,
+    contract: Annotated[
+        Path | None,
+        typer.Option(help="See how often it fits; default the contract that you pinned."),
+    ] = None,
+    picture: PictureOption = None,
+    json: JsonOption = None,
+) -> None:
+    """What you spent, by run and by purpose, what is left, and what still fits.
+
+    Only your own ledger is read; nothing is written or sent.
+    """
+    from hansa.commands.budget import run
+
+    run(merchant_file, contract, picture, json)
+
+
+@app.command()
+def settle(
+    merchant_file: FileArgument,
+    run: Annotated[str, typer.Argument(help="The run, as `hansa merchant budget` names it.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Close a run that broke off: what it reserved and never released is free again.
+
+    Every release is an entry of the ledger before it is computed, so nothing can have left that
+    is not there; after this the run releases nothing more.
+    """
+    from hansa.commands.settle import run as close_run
+
+    close_run(merchant_file, run, yes=yes)
+
+
+@app.command()
+def evidence(
+    merchant_file: FileArgument,
+    out: Annotated[Path, typer.Option(help="A name that ends in .zip, or a new folder.")],
+    contract: Annotated[
+        list[Path] | None,
+        typer.Option(help="An earlier contract that the ledger speaks of; may be repeated."),
+    ] = None,
+) -> None:
+    """Write your evidence for an audit: ledger, countersignatures, contracts, caps; signed.
+
+    No customer, no private key and no path is in it.
+    """
+    from clients.evidence import open_books, write_books
+
+    books, identity = open_books(merchant_file, tuple(contract or ()))
+    write_books(books, identity, out)
+    typer.echo(f"{out}: {len(books.ledger.entries):,} entries of the ledger of {identity.merchant}")
+    for missing in sorted(books.missing):
+        typer.echo(
+            f"contract {missing[:16]} is not in it: the ledger speaks of it; add it with "
+            "--contract, or an auditor cannot check its releases"
+        )
+    typer.echo(f"next: hansa audit verify {out}")
+
+
+@app.command()
+def head(merchant_file: FileArgument) -> None:
+    """Print the anchor of your ledger: one line that commits you to everything in it.
+
+    Leave it with somebody else, and no entry can vanish unseen: `hansa audit verify --anchor`.
+    """
+    from clients.evidence import head_line, stored_ledger
+    from clients.merchant import read_merchant
+    from common.identity import read_identity
+
+    merchant = read_merchant(merchant_file)
+    identity = read_identity(merchant.merchant.id, merchant.merchant.key)
+    typer.echo(head_line(identity, stored_ledger(merchant, identity).entries))

@@ -71,7 +71,12 @@ def run(choices: Choices) -> None:
     console.print(merchants_table(result))
     for line in summary_lines(result):
         console.print(line)
-    console.print(f"Bundle  {result.bundle}\nReport  {report}", highlight=False, markup=False)
+    console.print(
+        f"Bundle  {result.bundle}\nReport  {report}\nAudit   hansa audit verify {out / 'evidence'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     document = simulation_document(result, report)
     write_json(document, out / "result.json")
     if choices.json is not None:
@@ -109,7 +114,7 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
     if delta is None and choices.contract is None:
         delta = public_delta(training_customers(list(tables_of(dataset, contract).values())))
     contract = with_options(contract, delta=("privacy", delta))
-    return lambda out: assemble(dataset, contract, out / "merchants", choices.seed)
+    return lambda out: assemble(dataset, contract, out, choices.seed)
 
 
 def _is_folder(data: str) -> bool:

@@ -58,7 +58,7 @@ def test_the_example_of_the_docs_runs(tmp_path: object) -> None:
     out = Path(str(tmp_path))
     dataset = hansa.load("synthetic", preset="smoke", merchants=3)
     contract = dataset.contract.revised(training={"rounds": 1})
-    federation = hansa.assemble(dataset, contract, out / "merchants", None)
+    federation = hansa.assemble(dataset, contract, out, None)
     result = hansa.simulate(federation, out, lambda _record, _rounds: None)
     assert hansa.read_bundle(result.bundle).contract == contract
     assert hansa.read_contract(result.bundle / "contract.toml") == contract

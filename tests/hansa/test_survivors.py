@@ -54,7 +54,7 @@ def simulated(
             return outcome
 
         monkeypatch.setattr(running, "run_rounds", dishonest)
-        federation = assemble(dataset, contract, tmp_path / "merchants", 3)
+        federation = assemble(dataset, contract, tmp_path, 3)
         return running.simulate(federation, tmp_path, lambda _record, _rounds: None, fault)
 
     return run
