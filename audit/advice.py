@@ -36,7 +36,8 @@ ADVICE = {
     "release-after-close": _STOP + "Something left after the run was closed, and was not charged.",
     "release-twice": _STOP + "One question was answered twice; the second answer was not charged.",
     "step-twice": _STOP + "Two vectors may have been masked alike: their difference is open.",
-    "step-not-joined": _STOP + "It took part in a sum of a session that it never joined.",
+    "step-not-joined": _STOP + "It took part in a sum of a session that it never joined, or "
+    "without a mask.",
     "release-not-covered": _STOP + "More left than was reserved. Count the releases, not the "
     "reservation.",
     "release-not-planned": _STOP + "Something left that the contract does not plan.",
@@ -67,10 +68,11 @@ ADVICE = {
     "bundle-differs": _BUNDLE,
     "privacy-differs": _BUNDLE + "Believe the recomputed figures.",
     "published-differs": _BUNDLE + "A published figure does not come from the noisy sums.",
-    "release-without-event": _TWO_SIDES + "The merchant released more than the coordinator tells.",
+    "release-without-event": _TWO_SIDES + "Either the merchant released without a charge, or the "
+    "coordinator made it up.",
     "release-differs": _TWO_SIDES,
     "survivors-overstated": _TWO_SIDES + "Count on the smaller number of noise shares.",
-    "unknown-to-server": _TWO_SIDES,
+    "unknown-to-server": _TWO_SIDES + "The merchant released more than the coordinator tells.",
     "advert-head-unknown": _TWO_SIDES + "The ledger may have been exchanged during the run.",
     "code-differs": "Find out which code each party runs, and whether that version was reviewed.",
     "unit-differs": "The ledger protects something else than customers: read what, and say so.",
@@ -85,6 +87,7 @@ ADVICE = {
     "evidence-older": "Ask for evidence that was made after the run's end.",
     "contract-missing": "Ask the party for the contract with this hash.",
     "bundle-missing": "Ask the coordinator for the published bundle.",
+    "noise-seeded": "Do not publish what this run gave; repeat it without a seed.",
     "closed-form-differs": "Quote the larger figure, and find out which of the two is wrong.",
     "mechanism-test-failed": _CODE,
     "empirical-bound-above-claim": _CODE + "What was released is less private than claimed.",

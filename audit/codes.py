@@ -77,6 +77,7 @@ CODES: dict[str, Severity] = {
     "evidence-older": "warning",
     "contract-missing": "warning",
     "bundle-missing": "warning",
+    "noise-seeded": "warning",
     # good to know
     "policy-raised": "note",
     "anchor-unknown": "note",

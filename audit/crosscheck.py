@@ -11,6 +11,8 @@ from audit.reading import MerchantFiles
 from audit.rules import Charge, LedgerRun, Occasion, Release
 from audit.runs import RecordedSum, RunRecord, Session, release_of
 from common.contract import Contract
+from common.plan import PROFILE
+from common.session import threshold
 
 
 def check_planned(
@@ -31,9 +33,37 @@ def check_planned(
                 f"{merchant.name}, entry {release.seq}",
                 f"contract {run.contract[:16]} plans no such release: {_told(occasion)}",
             )
+        if contract.aggregation.secure:
+            _check_masked(merchant.name, run, contract, notes)
     for sha256 in sorted(missing):
         told = f"contract {sha256} is in no evidence: its releases cannot be held against it"
         notes.add("contract-missing", merchant.name, told)
+
+
+def _check_masked(name: str, run: LedgerRun, contract: Contract, notes: Notebook) -> None:
+    """Check that what a contract wants masked was, and was unmasked over enough merchants only."""
+    fewest = contract.min_survivors
+    for roster, members in run.joined.items():
+        told = (
+            f"joined session {roster[:16]} of {members} merchants, the contract asks for {fewest}"
+        )
+        notes.check(members >= fewest, "below-threshold", f"{name}, run {run.run}", told)
+    for occasion, release in run.releases.items():
+        notes.check(
+            bool(release.step),
+            "step-not-joined",
+            f"{name}, entry {release.seq}",
+            "was released in no session of secure sums, so without a mask; the contract's sums are "
+            "secure",
+        )
+        members, opened = run.joined.get(release.roster, 0), run.survivors.get(occasion)
+        needed = max(fewest, threshold(members))
+        notes.check(
+            opened is None or needed <= opened,
+            "below-threshold",
+            f"{name}, run {run.run}, {_told(occasion)}",
+            f"helped to open a sum of {opened} merchants, {needed} are needed",
+        )
 
 
 def _is_planned(contract: Contract, occasion: Occasion, charge: Charge) -> bool:
@@ -57,7 +87,9 @@ def check_code(
         notes.add("code-differs", where, f"other code than most ran at: {', '.join(others[:10])}")
 
 
-def check_run(record: RunRecord, merchants: Sequence[MerchantFiles], notes: Notebook) -> list[str]:
+def check_run(
+    record: RunRecord, merchants: Sequence[MerchantFiles], notes: Notebook, *, published: bool
+) -> list[str]:
     """Hold a run's record against every ledger that is there; return the merchants' ids."""
     where = f"run {record.run}"
     there = [merchant for merchant in merchants if merchant.name in record.merchants]
@@ -67,16 +99,19 @@ def check_run(record: RunRecord, merchants: Sequence[MerchantFiles], notes: Note
         notes.add("no-evidence-of-merchant", where, f"nothing can be held against: {told}")
     matched = []
     for merchant in there:
-        if merchant.evidence.made_at < record.start["at"]:
+        known = record.run in merchant.book.runs
+        if merchant.evidence.made_at < record.start["at"] and not known:
             told = "was made before the run began; ask for newer evidence"
             notes.add("evidence-older", f"{merchant.name}, {where}", told)
             continue
-        _check_merchant(record, merchant, notes)
+        _check_merchant(record, merchant, notes, published=published)
         matched.append(merchant.name)
     return matched
 
 
-def _check_merchant(record: RunRecord, merchant: MerchantFiles, notes: Notebook) -> None:
+def _check_merchant(
+    record: RunRecord, merchant: MerchantFiles, notes: Notebook, *, published: bool
+) -> None:
     where = f"{merchant.name}, run {record.run}"
     run = merchant.book.runs.get(record.run)
     counted = [one for one in record.sums if merchant.name in (one.merchants or ())]
@@ -98,7 +133,12 @@ def _check_merchant(record: RunRecord, merchant: MerchantFiles, notes: Notebook)
         if notes.check(release is not None, "release-without-event", place, told) and release:
             _check_release(record, one, merchant.name, release, place, notes)
             _check_counts(record, one, run, release, place, notes)
-    _check_asked(record, merchant.name, run, where, notes)
+    for one in record.sums:  # the parts that are in no sum were shown the same model, too
+        release = run.releases.get(one.occasion)
+        if release is not None and one not in counted:
+            place = f"{where}, {_told(one.occasion)}"
+            _check_release(record, one, merchant.name, release, place, notes)
+    _check_asked(record, merchant.name, run, where, notes, published=published)
     _check_adverts(record, merchant, run, where, notes)
 
 
@@ -144,12 +184,25 @@ def _check_counts(  # one sum from both sides
     notes.check(overstated or counted == confirmed, "survivors-understated", place, told)
 
 
-def _check_asked(record: RunRecord, name: str, run: LedgerRun, where: str, notes: Notebook) -> None:
-    """Check that the coordinator recorded asking for everything that was released."""
+def _check_asked(  # a run from one merchant's side
+    record: RunRecord,
+    name: str,
+    run: LedgerRun,
+    where: str,
+    notes: Notebook,
+    *,
+    published: bool,
+) -> None:
+    """Check that the coordinator recorded asking for everything that was released.
+
+    Of a run that published nothing, the last one may be missing: a sum is recorded after it was
+    asked for. The profile comes after the line that tells the final model.
+    """
     asked = {one.occasion for one in record.sums if name in one.asked}
     unknown = [occasion for occasion in run.releases if occasion not in asked]
     last = list(run.releases)[-1:]
-    if record.end is None and len(unknown) == 1 and unknown == last:
+    stopped = not published and (record.end is None or [o[0] for o in last] == [PROFILE])
+    if stopped and len(unknown) == 1 and unknown == last:
         told = f"the record ends before {_told(last[0])}, which the merchant released"
         notes.add("record-ends-early", where, told)
         return
@@ -185,9 +238,13 @@ def check_known(
     for run in set(merchant.book.runs) - {*known}:
         held = merchant.book.runs[run]
         later = held.latest[1] > server
-        told = "the ledger has releases for it, the coordinator's evidence has no such run"
-        if held.releases and not later:
-            notes.add("run-unknown-to-server", f"{merchant.name}, run {run}", told)
+        where = f"{merchant.name}, run {run}"
+        if held.releases and later:
+            told = "the coordinator's evidence was made before it, or says so; ask for a newer one"
+            notes.add("evidence-older", where, told)
+        elif held.releases:
+            told = "the ledger has releases for it, the coordinator's evidence has no such run"
+            notes.add("run-unknown-to-server", where, told)
 
 
 def _told(occasion: Occasion) -> str:

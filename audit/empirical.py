@@ -14,8 +14,10 @@ from audit.mechanism import mechanism_tests
 from audit.one_run import OneRun, canaries_for, one_run_audit
 from audit.subject import Subject
 from common.contract import Contract
+from common.versions import code_sha256, hansa_version
 
 FORMAT = 1
+KIND = "empirical audit"
 LIMITS = (
     "An audit gives a lower bound: it can show that a claim is wrong, never that it is right. "
     "Generated customers were used and nobody's budget was spent."
@@ -110,9 +112,11 @@ def document_of(audit: Empirical) -> dict[str, Any]:
     privacy, one_run = audit.contract.privacy, audit.one_run
     return {
         "format": FORMAT,
-        "kind": "empirical audit",
+        "kind": KIND,
         "verdict": audit.verdict,
         "failures": list(audit.failures),
+        "hansa": hansa_version(),
+        "code": code_sha256(),
         "contract_sha256": audit.contract.sha256,
         "claimed_epsilon": privacy.epsilon,
         "delta": privacy.delta,

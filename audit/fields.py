@@ -1,6 +1,7 @@
 """The shape of untrusted JSON: which fields an object has, and of what kind each is."""
 
 import base64
+import io
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ from common.events import Event, from_document
 Kind = Callable[[Any], bool]
 Fields = Mapping[str, Kind]
 
+MOST_DELTA = 0.01  # of a policy: with a larger one, any epsilon is small
 _LARGEST = sys.float_info.max  # JSON knows whole numbers that no float can hold
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -87,7 +89,7 @@ def stage_and_round(value: object) -> bool:
 
 POLICY: Fields = {
     "epsilon": number,
-    "delta": lambda value: number(value) and 0 < value < 1,
+    "delta": lambda value: number(value) and 0 < value <= MOST_DELTA,
     "epsilon_towards_server": maybe(number),
     "refresh_days": maybe(number),
     "purposes": named(number),
@@ -109,7 +111,7 @@ def objects(raw: bytes, code: str, name: str) -> Iterator[tuple[int, dict[str, A
     Raises:
         Flaw: A line is no JSON object.
     """
-    for line, item in enumerate(raw.removesuffix(b"\n").split(b"\n") if raw else [], start=1):
+    for line, item in enumerate(io.BytesIO(raw), start=1):
         yield line, an_object(item, code, f"{name}, line {line}")
 
 

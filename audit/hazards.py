@@ -171,9 +171,15 @@ def _truncated(report: Report) -> Outcome | None:
     heads = _checked(report, "heads countersigned", "heads in the witness's log")
     if not heads:
         return None
-    return "absent", (
+    told = (
         "Every ledger is a chain of hashes, and its heads were held against what the witness "
         f"countersigned ({plural(heads, 'check')})."
+    )
+    if _checked(report, "heads in the witness's log", "heads known from earlier"):
+        return "absent", told
+    return "attention", told + (
+        " These heads come from the merchants alone, who could have left out the last ones: the "
+        "witness's own log was not there."
     )
 
 
@@ -271,7 +277,7 @@ HAZARDS = (
         "Noise that can be guessed or is used twice",
         "Whoever guesses it subtracts it.",
         _generator,
-        ("step-twice",),
+        ("step-twice", "noise-seeded"),
         _TRY,
     ),
     Hazard(

@@ -15,14 +15,29 @@ from audit.codes import Flaw, Notebook
 from audit.replay import Replay, sha256_of
 from audit.runs import RecordedSum, RunRecord, release_of
 from audit.spending import SLACK, TOLERANCE, epsilon_of, understated
+from common import statements
 from common.bundle import Bundle, read_bundle
 from common.errors import AccountingError, BundleError, ContractError
 from common.events import Event, PoissonGaussianSum, from_document, merged
+from common.fixed_point import lattice_sensitivity
 from common.plan import EVALUATION, PROFILE
 from common.scaling import natural
 
 _FOLDER = "bundle/"
+_FILES = frozenset(
+    {
+        "MODEL_CARD.md",
+        "contract.toml",
+        "manifest.json",
+        "metrics.json",
+        "model.onnx",
+        "model.safetensors",
+        "privacy.json",
+        "segments.json",
+    }
+)
 _CLOSE = 1e-6  # relative; figures that are printed from the same numbers
+_TOO_FEW = 4.0  # standard deviations; nothing is told of a count below it
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,26 @@ def read_published(files: Mapping[str, bytes]) -> Published | None:
             bundle = read_bundle(folder)
         except (BundleError, ContractError) as error:
             raise Flaw("bundle-invalid", str(error).replace(str(folder), "bundle")) from None
+    foreign = sorted(inside.keys() - _FILES)
+    if foreign:
+        raise Flaw("bundle-invalid", f"bundle/{foreign[0]}: is no file of a bundle")
+    if not _is_layered(inside["model.safetensors"], bundle):
+        raise Flaw("bundle-invalid", "bundle/model.safetensors: tells layers of another model")
     return Published(bundle, {n: _object(c) for n, c in inside.items() if n.endswith(".json")})
+
+
+def _is_layered(content: bytes, bundle: Bundle) -> bool:
+    """Tell whether every tensor of a model's file is a part of its parameters."""
+    from safetensors.numpy import load
+
+    layers = bundle.network.layers(bundle.parameters)
+    expected = {"parameters": bundle.parameters}
+    expected |= {f"layer{i}.weight": layer[:, :-1] for i, layer in enumerate(layers)}
+    expected |= {f"layer{i}.bias": layer[:, -1] for i, layer in enumerate(layers)}
+    return all(
+        name in expected and np.array_equal(tensor, expected[name])
+        for name, tensor in load(content).items()
+    )
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -81,6 +115,10 @@ def check_published(
     ):
         if problem:
             notes.add("published-differs", f"{place}/{name}", problem)
+    listed = found.get("privacy.json", {}).get("notes")
+    seeded = isinstance(listed, list) and statements.NOT_FOR_RELEASE in listed
+    told = "by its own word its noise was seeded: whoever knows the seed can subtract it"
+    notes.check(not seeded, "noise-seeded", place, told)
     if not replayed.problem:
         _check_model(record, replayed, published.bundle, place, notes)
 
@@ -123,6 +161,8 @@ def _privacy(record: RunRecord, document: Mapping[str, Any]) -> list[str]:
         "secure_aggregation": contract.aggregation.secure,
         "noise_contributors": contract.noise_contributors,
     }
+    stated = {"unit_of_privacy": statements.UNIT, "neighbouring_relation": statements.RELATION}
+    expected |= stated
     wrong = [
         f"'{name}' is not {value!r}"
         for name, value in expected.items()
@@ -130,13 +170,15 @@ def _privacy(record: RunRecord, document: Mapping[str, Any]) -> list[str]:
     ]
     try:
         told = {stage: _events(listed) for stage, listed in document["events"].items()}
-        merchants = set(document["merchants"])
+        merchants = set(document["merchants"].keys())
     except (AccountingError, KeyError, TypeError, AttributeError):
         return [*wrong, "'events' or 'merchants' cannot be read"]
     stages = dict.fromkeys(one.stage for one in record.sums)
     asked = {s: merged(one.event for one in record.sums if one.stage == s) for s in stages}
     wrong += ["'events' are not those of the recorded sums"] if told != asked else []
     wrong += ["'merchants' are not those of the run"] if merchants != {*record.merchants} else []
+    same = all(told == document.get("epsilon") for told in document["merchants"].values())
+    wrong += [] if same else ["'merchants' tells another epsilon of a merchant than of the run"]
     return wrong + [problem for problem in _epsilons(record, document) if problem]
 
 
@@ -157,14 +199,31 @@ def _epsilons(record: RunRecord, document: Mapping[str, Any]) -> Iterable[str]:
     if (told.get("survivors_min"), told.get("survivors_max")) != (min(counts), max(counts)):
         yield f"'achieved' tells other numbers of merchants than {min(counts)} to {max(counts)}"
     yield _compared("achieved.epsilon", told.get("epsilon"), _achieved(record, 0), delta)
-    listed = document.get("colluders")
+    yield from _colluding(record, document.get("colluders"), min(counts))
+    alone = document.get("epsilon_by_stage")
+    stages = dict.fromkeys(one.stage for one in record.sums)
+    if not isinstance(alone, dict) or {*alone} != {*stages}:
+        yield "'epsilon_by_stage' does not tell the stages of the recorded sums"
+        return
+    for stage in stages:
+        events = [one.event for one in record.sums if one.stage == stage]
+        yield _compared(f"epsilon_by_stage.{stage}", alone[stage], events, delta)
+
+
+def _colluding(record: RunRecord, listed: object, fewest: int) -> Iterable[str]:
+    """Yield what is wrong with what is told of colluders: none, one, a tenth, and a third."""
+    told = set()
     for row in listed if isinstance(listed, list) else []:
         colluders = row.get("colluders") if isinstance(row, dict) else None
-        if not isinstance(colluders, int):
+        if not fields.whole(colluders) or not isinstance(colluders, int):
             yield "'colluders' cannot be read"
             continue
-        events = _achieved(record, colluders)
+        told.add(colluders)
+        events, delta = _achieved(record, colluders), record.contract.privacy.delta
         yield _compared(f"epsilon with {colluders} colluders", row.get("epsilon"), events, delta)
+    missing = sorted({0, 1, -(-fewest // 10), (fewest - 1) // 3} - told)
+    if missing:
+        yield f"'colluders' does not tell epsilon with {missing[-1]} of them"
 
 
 def _compared(name: str, claimed: object, events: list[Event] | None, delta: float) -> str:
@@ -225,8 +284,46 @@ def _metrics(record: RunRecord, document: Mapping[str, Any]) -> str:
     last, segments = _last(record, EVALUATION), len(record.contract.segments.names)
     if last is None or last.values.size != segments**2:
         return "there is no recorded evaluation that it could come from"
-    counts = np.round(last.values.reshape(segments, segments), 2).tolist()
-    return "" if document.get("confusion") == counts else "is not the last recorded evaluation"
+    counts = last.values.reshape(segments, segments)
+    if document.get("confusion") != np.round(counts, 2).tolist():
+        return "is not the last recorded evaluation"
+    expected = _figures(counts, _stddev(record, last))
+    wrong = [name for name, value in expected.items() if not _same(document.get(name), value)]
+    return f"'{wrong[0]}' does not follow from the last recorded evaluation" if wrong else ""
+
+
+def _stddev(record: RunRecord, one: RecordedSum) -> float:
+    """Return the standard deviation of the noise in each number of a sum."""
+    contract = record.contract
+    release = release_of(contract, one.stage, one.round)
+    if release is None or not one.merchants:
+        return math.inf
+    sensitivity = lattice_sensitivity(one.event.sensitivity, release.length, release.steps)
+    shares = len(one.merchants) / contract.noise_contributors
+    return one.event.noise_multiplier * sensitivity * math.sqrt(shares)
+
+
+def _figures(counts: np.ndarray, stddev: float) -> dict[str, float | None]:
+    """Return accuracy, its error by the delta method, and F1, of a noisy confusion matrix."""
+    segments, total = len(counts), float(counts.sum())
+    if total < _TOO_FEW * stddev * segments:
+        return {"count_stddev": stddev, "accuracy": None, "accuracy_error": None, "macro_f1": None}
+    accuracy = float(np.trace(counts)) / total
+    spread = segments * (1 - accuracy) ** 2 + segments * (segments - 1) * accuracy**2
+    known = np.maximum(counts, 0.0)
+    whole = known.sum(axis=0) + known.sum(axis=1)
+    hits = [2 * known[i, i] / n if n > 0 else 0.0 for i, n in enumerate(whole)]
+    return {
+        "count_stddev": stddev,
+        "accuracy": min(max(accuracy, 0.0), 1.0),
+        "accuracy_error": stddev / total * math.sqrt(spread),
+        "macro_f1": float(np.mean(hits)),
+    }
+
+
+def _same(told: object, expected: float | None) -> bool:
+    """Tell whether a figure is the expected one; one that is suppressed must be missing."""
+    return told is None if expected is None else told is not None and _close(told, expected)
 
 
 def _segments(record: RunRecord, document: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ def _measures(report: Report) -> str:
 
 def _anonymity(report: Report) -> str:
     tried = report["empirical"]
-    if tried is None:
+    if tried is None or tried["lower_bound"] is None:
         return ""
     return (
         "Likelihood that a customer's presence can be inferred, by attack: empirical epsilon of at "

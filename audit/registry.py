@@ -279,7 +279,7 @@ def _audited(report: Report) -> str:
     tried = report["empirical"]
     attack = (
         "No attack on the code was part of it."
-        if tried is None
+        if tried is None or tried["lower_bound"] is None
         else f"An attack on the code showed an epsilon of at least {_told(tried['lower_bound'])} "
         f"where at most {_told(tried['claimed_epsilon'])} is claimed."
     )

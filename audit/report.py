@@ -5,6 +5,7 @@ that the page shows. Evidence is a stranger's: every text in it is made harmless
 are cut with the number of what was left out, an epsilon that is not finite is "unbounded".
 """
 
+import contextlib
 import json
 import os
 import time
@@ -119,7 +120,8 @@ def write_report(document: Document, folder: Path) -> tuple[Path, ...]:
         raise HansaError(f"{folder}: the report cannot be written ({error.strerror})") from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what went wrong was told already
+                part.unlink(missing_ok=True)
     return tuple(parts)
 
 

@@ -162,8 +162,9 @@ def _day(at: str | None) -> str:
 
 
 def _sentence(text: str) -> str:
-    """Begin with a capital letter and end with a full stop."""
-    start = text[:1].upper() + text[1:]
+    """Begin with a capital letter, unless with the name of a file, and end with a full stop."""
+    named = any(sign in text.partition(" ")[0].rstrip(".:") for sign in "./_")
+    start = text if named else text[:1].upper() + text[1:]
     return start if start.endswith((".", "!", "?")) else start + "."
 
 

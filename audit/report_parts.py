@@ -215,6 +215,7 @@ def empirical_part(told: Mapping[str, Any] | None) -> Part | None:
     tests = [_tested(mapping(row)) for row in sequence(told.get("mechanism_tests"))]
     verdict = told.get("verdict")
     return {
+        "contract_sha256": words(told.get("contract_sha256"), MAX_NAME),
         "claimed_epsilon": claimed,
         "lower_bound": bound,
         "canaries": whole(told.get("canaries")),

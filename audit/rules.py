@@ -273,6 +273,8 @@ def _sum(fold: _Fold) -> None:
     known = fold.occasion in run.releases
     told = f"helped to open {_told(fold.occasion)} without having released anything for it"
     fold.check(known, "sum-without-release", told)
+    told = f"helped to open {_told(fold.occasion)} a second time"
+    fold.check(fold.occasion not in run.survivors, "step-twice", told)
     run.survivors.setdefault(fold.occasion, fold.document["survivors"])
 
 

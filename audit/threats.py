@@ -77,6 +77,8 @@ def _peer(report: Report) -> str:
 
 
 def _sums(report: Report) -> str:
+    if not report["runs"]:
+        return "Masked messages, or single ones where sums are not masked: no run is told of here"
     if _plain(report):
         return "Single messages of every merchant, in runs that were not masked"
     fewest = [run["fewest"] for run in report["runs"] if run["fewest"] is not None]
@@ -86,10 +88,17 @@ def _sums(report: Report) -> str:
 
 def _curious(report: Report) -> str:
     plain = _plain(report)
+    if not report["runs"]:
+        return (
+            "Not known here: no coordinator's evidence tells whether sums were masked. Where they "
+            "were not, the figures of this report do not hold towards it."
+        )
     if plain:
         return (
-            f"{len(plain):,} of {len(report['runs']):,} runs were not masked: towards the "
-            f"coordinator {_most(plain, 'claimed_towards_server')} holds, not the published figure."
+            f"{len(plain):,} of {len(report['runs']):,} runs were not masked: of one of them alone "
+            f"{_most(plain, 'claimed_towards_server')} holds towards the coordinator, and what "
+            "several cost composes. The other figures of this report hold towards those who see "
+            "sums only."
         )
     return (
         "Secure aggregation: the epsilon of the runs holds towards it too, while fewer than a "

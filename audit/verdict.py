@@ -97,18 +97,29 @@ def every(place: Report, name: str) -> int:
 
 
 def _covers(report: Report) -> list[str]:
-    merchants, runs = every(report, "merchants"), every(report, "runs")
+    merchants, runs, tried = every(report, "merchants"), every(report, "runs"), report["empirical"]
     told = (
         (merchants, f"{plural(merchants, 'ledger')}, recomputed from every entry"),
         (runs, f"{plural(runs, 'run')} in the coordinator's evidence"),
         (report["checks"], f"{plural(sum(report['checks'].values()), 'single check')}"),
-        (report["empirical"] is not None, "an attack on the code with generated customers"),
+        (tried is not None, f"{_attack(tried)} with generated customers"),
     )
     return [sentence for there, sentence in told if there]
 
 
+def _attack(tried: Report | None) -> str:
+    return "an attack on the code" if _attacked(tried) else "tests of the code's mechanisms"
+
+
+def _attacked(tried: Report | None) -> bool:
+    """Return whether a training was attacked, not only the mechanisms tested."""
+    return tried is not None and tried["lower_bound"] is not None
+
+
 def _lacks(report: Report) -> list[str]:
-    runs = report["runs"]
+    runs, tried = report["runs"], report["empirical"]
+    attacked = "" if tried is None else tried["contract_sha256"]
+    contracts = {run["contract_sha256"] for run in runs}
     unmatched = sum(every(run, "matched") < every(run, "merchants") for run in runs)
     unplayed = sum(run["replayed"] is None for run in runs)
     told = (
@@ -121,8 +132,16 @@ def _lacks(report: Report) -> list[str]:
         ),
         (unplayed, f"{plural(unplayed, 'run')} could not be replayed from the recorded sums."),
         (
-            report["empirical"] is None,
+            tried is None,
             "The code was not attacked: no result of `hansa audit empirical` was given.",
+        ),
+        (
+            tried is not None and not _attacked(tried),
+            "No training was attacked: the result of `hansa audit empirical` has no lower bound.",
+        ),
+        (
+            attacked and contracts and attacked not in contracts,
+            "The code was attacked under another contract than that of any run here.",
         ),
     )
     return [sentence for there, sentence in told if there]

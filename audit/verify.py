@@ -98,6 +98,11 @@ class _Case:
         return self.servers[0].evidence.made_at if self.servers else None
 
     def log_of(self, merchant: str) -> Sequence[Seen]:
+        """Return what all of the witness's logs say of a merchant."""
+        found = (seen for server in self.servers for seen in server.log.get(merchant, ()))
+        return tuple(dict.fromkeys(found))
+
+    def newest_log_of(self, merchant: str) -> Sequence[Seen]:
         """Return what the newest witness log says of a merchant."""
         return self.servers[0].log.get(merchant, ()) if self.servers else ()
 
@@ -137,6 +142,13 @@ def _newest_merchants(found: Iterable[Evidence], notes: Notebook) -> list[Mercha
             told = "two evidences of one merchant hold different ledgers"
             same = newer.entries[check.seq - 1].link == check.link
             notes.check(same, "forked", one.name, told)
+            shrunk = len(older.entries) < len(newer.entries)
+            shrunk &= older.evidence.made_at > newer.evidence.made_at
+            told = (
+                f"an earlier evidence holds {len(newer.entries)} entries, a later one "
+                f"{len(older.entries)}: the ledger was put back from a copy, or shortened"
+            )
+            notes.check(not shrunk, "rolled-back", one.name, told)
     return [newest[name] for name in sorted(newest)]
 
 
@@ -183,7 +195,8 @@ def _merchant(case: _Case, merchant: MerchantFiles) -> Spending:
     check_expiries(book, [*merchant.seen, *log], period, name, notes)
     check_log(merchant.entries, log, merchant.evidence.made_at, name, notes)
     if case.told_at is not None:
-        check_log_complete(merchant.seen, log, case.told_at, name, notes)
+        known = [*merchant.seen, *log]
+        check_log_complete(known, case.newest_log_of(name), case.told_at, name, notes)
     told = (book.opening.get("unit"), book.opening.get("relation"))
     notes.check(
         told == (statements.UNIT, statements.RELATION),
@@ -232,7 +245,10 @@ def _run(
     if published is not None:
         check_published(record, replayed, published, where, notes)
     check_code(record, dict(runs_of(case.merchants, run)), where, notes)
-    matched = check_run(record, case.merchants, notes)
+    bundle = any(name.startswith("bundle/") for name in files)
+    told = "a bundle was published, and the record does not tell that the run came to its end"
+    notes.check(not bundle or record.end is not None, "bundle-differs", where, told)
+    matched = check_run(record, case.merchants, notes, published=bundle)
     return _audited(record, replayed, published, matched, notes)
 
 

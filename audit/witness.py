@@ -189,14 +189,29 @@ def check_expiries(
         known = [one.at for one in seen if one.seq < seq]
         today = min(at, max(known, default=0.0))
         charged = max(latest_at, min(after, default=float("inf")))
-        following = [r.reserve["policy"]["refresh_days"] for r in book.readings if r.seq > seq]
-        periods = [p for p in (*following[:1], last_period) if p is not None]
+        periods = [p for p in _periods(book, seq, last_period) if p is not None]
         notes.check(
             bool(periods) and today - charged >= min(periods) * DAY_S - 1.0,
             "expired-early",
             f"{where}, entry {seq}",
             f"run {run.run} expired before the refresh period was over by the witness's clock",
         )
+
+
+def _periods(book: Book, seq: int, last_period: float | None) -> list[float | None]:
+    """Return the refresh periods that may have held at an expiry.
+
+    Runs expire in one step with the reservation that they make room for, which tells the policy;
+    where none follows at once it was refused, and the policy of the next one, or of today, is
+    all that is known.
+    """
+    expired = {number for number, *_ in book.expiries}
+    while seq in expired:
+        seq += 1
+    told = [(r.seq, r.reserve["policy"]["refresh_days"]) for r in book.readings if r.seq >= seq]
+    if told and told[0][0] == seq:
+        return [told[0][1]]
+    return [*(period for _, period in told[:1]), last_period]
 
 
 def check_anchors(
@@ -250,9 +265,11 @@ def check_log_complete(
 ) -> None:
     """Hold the countersignatures that a merchant has against the witness's own log."""
     logged = {(one.seq, one.link) for one in log}
-    lacking = [one for one in seen if (one.seq, one.link) not in logged and one.at <= made_at]
+    lacking = [one for one in seen if (one.seq, one.link) not in logged]
+    told = "the coordinator's evidence was made before the witness's last look; ask for a newer one"
+    notes.check(all(one.at <= made_at for one in lacking), "evidence-older", where, told)
     notes.check(
-        not lacking,
+        not any(one.at <= made_at for one in lacking),
         "witness-log-short",
         where,
         "the merchant holds countersignatures that the witness's log lacks",

@@ -60,4 +60,3 @@ def spent_by(merchant: Merchant) -> Account:
         return Account(budget)
     identity = read_identity(merchant.merchant.id, merchant.merchant.key)
     return read_ledger(merchant.ledger.path, budget, identity.public).account
-

@@ -29,7 +29,8 @@ class Identity(Section):
     )
     key: Path = Field(
         Path("identity.key"),
-        description="The private key that only this merchant has, for secure sums; mode 0600.",
+        description="The private key that only this merchant has: it signs the ledger and makes "
+        "secure sums; mode 0600.",
     )
     session: Path = Field(
         Path("session.sealed"),

@@ -90,7 +90,7 @@ class RunAccount:
     reserved: tuple[Charge, ...]
     last: tuple[str, int]  # stage and round of the run's last sum
     seq: int  # of the reservation
-    at: float  # of the run's latest entry, by the merchant's clock
+    at: float  # of the run's latest reservation or release, by the merchant's clock
     latest: int = 0  # number of that entry
     released: dict[tuple[str, int, int], Charge] = field(default_factory=dict)
     survivors: dict[tuple[str, int, int], int] = field(default_factory=dict)
@@ -165,7 +165,8 @@ class Account:
         account = self.runs.get(entry.get("run", ""))
         if account is None:
             return  # of the ledger as a whole
-        account.at, account.latest = max(account.at, float(entry["at"])), seq
+        if kind in {"reserve", "release"}:  # what costs something; notes make no run younger
+            account.at, account.latest = max(account.at, float(entry["at"])), seq
         self.steps |= account.take(kind, entry)
 
     def _fold_refusal(self, entry: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@
     │   └── WitnessRefusal the witness did not see, or saw more than, what the ledger holds
     ├── AccountingError   an epsilon or a noise multiplier cannot be given safely
     ├── RunError          a federated run cannot start or go on
+    │   └── ArchiveError  the coordinator cannot keep what it has to keep
     ├── BundleError       a published bundle is incomplete or was changed
     └── EvidenceError     evidence for an audit is incomplete, unsafe to read, or was changed
 
@@ -71,6 +72,10 @@ class AccountingError(HansaError):
 
 class RunError(HansaError):
     """A federated run cannot start or go on."""
+
+
+class ArchiveError(RunError):
+    """The coordinator cannot keep what it has to keep: heads of ledgers, the record of a run."""
 
 
 class BundleError(HansaError):

@@ -23,11 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import statements
-from common.budget import DAY_S, WHOLE_RUN, Account, Budget, Charge, Occasion
+from common.budget import DAY_S, WHOLE_RUN, Account, Budget, Charge, Occasion, RunAccount
 from common.chain import (
     NO_LINK,
     Countersignature,
@@ -284,10 +285,11 @@ class Ledger:
         """
         seen = self._kept(connection)
         if seen is not None:
-            for name in sorted(self._old(connection, min(self._now(), seen.at))):
+            today = min(self._now(), seen.at)
+            for name in sorted(self._old(today, partial(self._charged_at, connection))):
                 self._append(connection, {"kind": "expire", "run": name})
 
-    def _old(self, connection: sqlite3.Connection, today: float) -> set[str]:
+    def _old(self, today: float, charged_at: Callable[[RunAccount], float]) -> set[str]:
         """Return the runs that are older than the refresh period and did not expire yet."""
         period, runs = self.budget.refresh_days, self._account.runs.items()
         if period is None:
@@ -295,14 +297,13 @@ class Ledger:
         return {
             name
             for name, run in runs
-            if not run.expired
-            and today - self._charged_at(connection, run.latest, run.at) >= period * DAY_S
+            if not run.expired and today - charged_at(run) >= period * DAY_S
         }
 
-    def _charged_at(self, connection: sqlite3.Connection, seq: int, at: float) -> float:
-        """Return when an entry was made: the later of two clocks, never if no witness saw it."""
-        seen = self._kept(connection, seq)
-        return float("inf") if seen is None else max(at, seen.at)
+    def _charged_at(self, connection: sqlite3.Connection, run: RunAccount) -> float:
+        """Return when a run was charged last: the later of two clocks, never if no witness saw."""
+        seen = self._kept(connection, run.latest)
+        return float("inf") if seen is None else max(run.at, seen.at)
 
     def check_affordable(self, occasion: Occasion, charges: Sequence[Charge]) -> None:
         """Raise a `BudgetRefusal`, written down, if a run would pass a cap.
@@ -314,7 +315,8 @@ class Ledger:
             if occasion.run in self._account.runs:
                 return
             self._settle_finished(connection)
-            reason = self._account.refusal_of(charges, self._old(connection, self._now()))
+            old = self._old(self._now(), lambda run: run.at)
+            reason = self._account.refusal_of(charges, old)
             if reason:
                 self._refuse(connection, occasion, reason)
         if reason:

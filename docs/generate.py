@@ -102,7 +102,7 @@ def _options(name: str) -> str:
 
 
 def _argument_word(parameter: click.Parameter) -> str:
-    word = (parameter.name or "").upper()
+    word = (parameter.name or "").upper() + ("..." if parameter.nargs == -1 else "")
     return word if parameter.required else f"[{word}]"
 
 
@@ -124,10 +124,12 @@ def _value(option: click.Parameter) -> str:
     if getattr(option, "is_flag", False):
         return ""
     kind = option.type
-    lowest = getattr(kind, "min", None)
+    lowest, highest = getattr(kind, "min", None), getattr(kind, "max", None)
     word = {"integer": "whole number", "integer range": "whole number", "float": "number"}.get(
         kind.name, kind.name
     )
+    if highest is not None:
+        return f"{word}, {lowest:,} to {highest:,}"
     return f"{word}, {lowest} or more" if lowest is not None else word
 
 
@@ -313,7 +315,7 @@ def _exit_codes(_argument: str) -> str:
     """List the exit codes and the errors behind them."""
     from common import errors
 
-    failed = ("RunError", "AccountingError", "BundleError")
+    failed = (errors.RunError, errors.AccountingError, errors.BundleError)
     kinds = [
         (name, kind)
         for name, kind in vars(errors).items()
@@ -324,7 +326,7 @@ def _exit_codes(_argument: str) -> str:
         rows += [
             (str(code), f"`{name}`", str(kind.__doc__))
             for name, kind in kinds
-            if (name in failed) is chosen and name != "HansaError"
+            if issubclass(kind, failed) is chosen and name != "HansaError"
         ]
     rows += [
         ("2", "", "Wrong use: an unknown command or option, or a value that does not fit."),

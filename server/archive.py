@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from common.contract import Contract, contract_toml
-from common.errors import RunError
+from common.errors import ArchiveError, RunError
 from common.identity import Identity, Members, read_identity, write_identity
 from common.versions import code_sha256, hansa_version
 from server.witness import Witness
@@ -41,12 +41,15 @@ class RunRecord:
         try:
             folder.mkdir(parents=True, mode=0o700)
         except OSError as error:
-            raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
+            raise ArchiveError(f"{folder}: cannot be made ({error.strerror})") from None
 
     def start(self, run: str, contract: Contract, merchants: list[str], parameters: str) -> None:
         """Write down a run's contract, and who takes part."""
-        text = contract_toml(contract)
-        (self._folder / "contract.toml").write_text(text, encoding="utf-8")
+        path = self._folder / "contract.toml"
+        try:
+            path.write_text(contract_toml(contract), encoding="utf-8")
+        except OSError as error:
+            raise ArchiveError(f"{path}: cannot be written ({error.strerror})") from None
         self._write(
             kind="start",
             run=run,
@@ -84,7 +87,7 @@ class RunRecord:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(f"{self._folder}: the run cannot be recorded ({error})") from None
+            raise ArchiveError(f"{self._folder}: the run cannot be recorded ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,12 @@ class Archive:
         """Keep a copy of what a run published.
 
         Raises:
-            RunError: It cannot be copied.
+            ArchiveError: It cannot be copied.
         """
         try:
             shutil.copytree(bundle, self.folder / "runs" / run / "bundle")
         except OSError as error:
-            raise RunError(f"{bundle}: cannot be kept in the archive ({error})") from None
+            raise ArchiveError(f"{bundle}: cannot be kept in the archive ({error})") from None
 
     def check_pinned(self, members: Members) -> None:
         """Raise a `RunError` unless the members pinned this coordinator as their witness."""
@@ -124,13 +127,13 @@ def make_archive(folder: Path) -> Identity:
 
     Raises:
         IdentityError: There is a key already, or it cannot be written.
-        RunError: The folder cannot be made.
+        ArchiveError: The folder cannot be made.
     """
     identity = Identity.generate(COORDINATOR)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
+        raise ArchiveError(f"{folder}: cannot be made ({error.strerror})") from None
     write_identity(identity, folder / "identity.key")
     return identity
 
@@ -140,7 +143,7 @@ def open_archive(folder: Path) -> Archive:
 
     Raises:
         IdentityError: Its key is missing or cannot be used.
-        RunError: The witness's record cannot be used.
+        ArchiveError: The witness's record cannot be used.
     """
     identity = read_identity(COORDINATOR, folder / "identity.key")
     return Archive(folder, identity, Witness(folder / "witness.sqlite", identity))

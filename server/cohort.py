@@ -55,7 +55,7 @@ class Cohort:
         """Let the witness see the ledgers' heads; return the answers whose heads it accepts.
 
         Raises:
-            RunError: The witness cannot remember them.
+            ArchiveError: The witness cannot remember them.
         """
         heads: dict[str, tuple[bytes, Head]] = {}
         for node, answer in answers.items():

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from common.accounting import epsilon
 from common.contract import Contract
-from common.errors import RunError, SecureSumError, WireError
+from common.errors import ArchiveError, RunError, SecureSumError, WireError
 from common.events import Event, to_document
 from common.fixed_point import Lattice, from_lattice, lattice_sensitivity
 from common.identity import Members
@@ -152,17 +152,24 @@ class Coordinator:
                 )
             )
         outcome.parameters = optimizer.published
-        self._record.end(parameters_sha256(outcome.parameters))
         if self._plan.profile is not None:
             outcome.profile = self._sum_or_nothing(PROFILE, training.rounds, outcome.parameters)
+        self._record.end(parameters_sha256(outcome.parameters))
         return outcome
 
     def _sum_or_nothing(
         self, stage: str, number: int, parameters: Float[np.ndarray, " P"]
     ) -> NoisySum | None:
-        """Ask for a sum that a run can do without; note why it is missing."""
+        """Ask for a sum that a run can do without; note why it is missing.
+
+        Raises:
+            ArchiveError: What was asked cannot be recorded: merchants may have been charged for
+                a sum that no record tells of, so nothing of the run may be published.
+        """
         try:
             return self._sum(stage, number, parameters)
+        except ArchiveError:
+            raise
         except RunError as error:
             self._outcome.failures[f"{stage} of round {number}"] = str(error)
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.chain import Countersignature, Head, extended
-from common.errors import RunError, WireError
+from common.errors import ArchiveError, WireError
 from common.identity import Identity
 
 _SCHEMA = """
@@ -48,7 +48,7 @@ class Witness:
         now: Seconds since 1970.
 
     Raises:
-        RunError: The file cannot be used.
+        ArchiveError: The file cannot be used.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Witness:
             Merchant -> why its head is refused, of those that are.
 
         Raises:
-            RunError: The file cannot be written; nothing was countersigned.
+            ArchiveError: The file cannot be written; nothing was countersigned.
         """
         refused: dict[str, str] = {}
         with self._transaction() as connection:
@@ -190,4 +190,6 @@ class Witness:
                 if connection.in_transaction:
                     connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise RunError(f"{self._path}: the witness's record cannot be used ({error})") from None
+            raise ArchiveError(
+                f"{self._path}: the witness's record cannot be used ({error})"
+            ) from None

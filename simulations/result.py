@@ -79,7 +79,7 @@ class SimulationResult:
     epsilon: float
     epsilon_server: float
     epsilon_recomputed: float  # the independent second opinion on `epsilon`
-    epsilon_opacus: float  # Opacus' PRV upper bound for the same events; adds 0.01 by design
+    epsilon_opacus: float  # Opacus' PRV upper bound for the same events; adds up to 0.01 at 1
     achieved: Achieved
     colluders: tuple[Collusion, ...]  # from none to just below a third
     delta: float

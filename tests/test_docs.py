@@ -18,6 +18,8 @@ import click
 import jsonschema
 import pytest
 
+from audit.advice import ADVICE
+from audit.codes import CODES
 from clients.merchant import Merchant
 from common.contract import parse_contract
 
@@ -46,6 +48,9 @@ class Block:
         """Return the value of `name=value` after the fence."""
         found = (word.partition("=")[2] for word in self.words if word.startswith(f"{name}="))
         return next(found, None)
+
+
+LONG = {"README.md", "docs/commands/audit.md", "docs/commands/simulate.md"}
 
 
 def blocks(page: Path) -> list[Block]:
@@ -128,6 +133,14 @@ def runnable(*, slow: bool) -> list[Path]:
     return [page for page in PAGES if any(wanted(block) for block in blocks(page))]
 
 
+def with_long_ones_slow(pages: list[Path]) -> list[Any]:
+    """Return pages as parameters; those whose examples take more than a few seconds are slow."""
+    return [
+        pytest.param(page, marks=pytest.mark.slow if name_of(page) in LONG else [])
+        for page in pages
+    ]
+
+
 class TestGenerated:
     """Generated tables."""
 
@@ -188,6 +201,17 @@ class TestCommands:
         assert bool(done.stderr) == bool(code)
 
 
+class TestFindings:
+    """Codes of findings."""
+
+    def test_every_code_is_explained(self) -> None:
+        """For auditors, with its severity; and no other code is."""
+        text = (ROOT / "docs" / "auditors.md").read_text(encoding="utf-8")
+        told = dict(re.findall(r"^\| `([a-z-]+)` \| (\w+) \|", text, re.M))
+        assert {code: told.get(code) for code in CODES} == CODES
+        assert set(told) == {*CODES, *ADVICE}
+
+
 class TestLinks:
     """Links between pages."""
 
@@ -222,7 +246,7 @@ def anchors(page: Path) -> set[str]:
 class TestExamples:
     """Examples in fenced blocks."""
 
-    @pytest.mark.parametrize("page", runnable(slow=False), ids=name_of)
+    @pytest.mark.parametrize("page", with_long_ones_slow(runnable(slow=False)), ids=name_of)
     def test_examples_run(self, page: Path, tmp_path: Path) -> None:
         """The quick examples of a page work in an empty folder, one after the other."""
         follow(page, tmp_path, slow=False)

@@ -11,7 +11,6 @@ from hansa.commands.empirical import empirical
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from audit.findings import Audit, Finding, Spending
 
@@ -86,13 +85,14 @@ def epsilon(
 
     console = Console(stderr=str(json) == "-", highlight=False)
     audit = _audited(evidence, anchor, console)
-    console.print(_merchants_table(audit))
+    if audit.spending:
+        _show_merchants(audit, console)
     if audit.runs:
-        console.print(_runs_table(audit))
+        _show_runs(audit, console)
     chosen = [finding for finding in audit.findings if finding.code in _OF_EPSILON]
     _tell_findings(audit, chosen, console)
     if not chosen:
-        _line(console, "every release that either side tells of has its event, and its charge")
+        _line(console, _no_such_finding(audit))
     _tell_verdict(audit, console)
     if json is not None:
         _write(_document(audit), json)
@@ -133,6 +133,17 @@ def report(
         raise typer.Exit(1)
 
 
+def _no_such_finding(audit: "Audit") -> str:
+    """Say what it means that no finding touches epsilon; never more than was looked at."""
+    if not audit.passed:
+        return "no figure could be held against all of the evidence; hansa audit verify says why"
+    if not audit.spending:
+        return "no merchant's ledger was there: what was charged is not known"
+    if not audit.runs:
+        return "every release in the ledgers was charged; no coordinator's evidence was there"
+    return "every release that either side tells of has its event, and its charge"
+
+
 def _audited(paths: list[Path], anchors: list[Path] | None, console: "Console") -> "Audit":
     """Check the evidence.
 
@@ -151,7 +162,7 @@ def _tell_findings(audit: "Audit", findings: "list[Finding]", console: "Console"
     """List findings, the gravest first, each kind with what to do about it."""
     from rich.text import Text
 
-    from audit.advice import ADVICE
+    from audit.advice import ADVICE, advice_on
     from simulations.wording import plain
 
     order = list(_STYLES)
@@ -163,7 +174,7 @@ def _tell_findings(audit: "Audit", findings: "list[Finding]", console: "Console"
         console.print(head, Text(told), sep="", soft_wrap=True)
         last = place + 1 == len(shown) or shown[place + 1].code != finding.code
         if last and finding.code in ADVICE:
-            console.print(Text(f"        {ADVICE[finding.code]}", style="dim"), soft_wrap=True)
+            console.print(Text(f"        {advice_on(finding)}", style="dim"), soft_wrap=True)
     if len(findings) > len(shown):
         _line(console, f"and {len(findings) - len(shown):,} more; --json has all of them")
 
@@ -183,52 +194,45 @@ def _tell_verdict(audit: "Audit", console: "Console") -> None:
     if audit.passed:
         _line(console, "PASS: nothing was found that fails this audit")
     else:
-        _line(console, f"FAIL: {counted(count['fail'], 'finding')} of `hansa audit verify`")
+        verb = "fails" if count["fail"] == 1 else "fail"
+        _line(console, f"FAIL: {counted(count['fail'], 'finding')} {verb} this audit")
 
 
-def _merchants_table(audit: "Audit") -> "Table":
-    from rich.text import Text
-
+def _show_merchants(audit: "Audit", console: "Console") -> None:
+    from hansa.commands.tables import Column, show
     from simulations.wording import plain
 
-    table = _table("Ledgers: everything ever charged", "Merchant", ("Delta", "Cap", "Hansa"), audit)
-    for spent in audit.spending:
-        table.add_row(
-            Text(plain(spent.merchant, 24)),
+    rows = [
+        (
+            plain(spent.merchant, 24),
             f"{spent.delta:.3g}",
             _figure(spent.cap),
             _figure(_own_epsilon(spent)),
             *(_figure(spent.opinions.get(name)) for name in _accountants(audit)),
         )
-    return table
+        for spent in audit.spending
+    ]
+    headings = ("Delta", "Cap", "Hansa", *_accountants(audit))
+    columns = [Column("Merchant", figures=False), *map(Column, headings)]
+    show(console, "Ledgers: everything ever charged", columns, rows)
 
 
-def _runs_table(audit: "Audit") -> "Table":
-    from rich.text import Text
-
+def _show_runs(audit: "Audit", console: "Console") -> None:
+    from hansa.commands.tables import Column, show
     from simulations.wording import plain
 
-    table = _table("Runs: everything asked for", "Run", ("Delta", "Published"), audit)
-    for run in audit.runs:
-        delta = run.contract["privacy"]["delta"]
-        table.add_row(
-            Text(plain(run.run, 24)),
-            f"{delta:.3g}",
+    rows = [
+        (
+            plain(run.run, 24),
+            f"{run.contract['privacy']['delta']:.3g}",
             _figure(run.privacy.get("epsilon")),
             *(_figure(run.opinions.get(name)) for name in _accountants(audit)),
         )
-    return table
-
-
-def _table(title: str, first: str, headings: tuple[str, ...], audit: "Audit") -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.box, table.padding = None, (0, 2, 0, 0)
-    table.add_column(first, overflow="fold")
-    for heading in (*headings, *_accountants(audit)):
-        table.add_column(heading, justify="right")
-    return table
+        for run in audit.runs
+    ]
+    headings = ("Delta", "Published", *_accountants(audit))
+    columns = [Column("Run", figures=False), *map(Column, headings)]
+    show(console, "Runs: everything asked for", columns, rows)
 
 
 def _accountants(audit: "Audit") -> list[str]:
@@ -316,12 +320,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     """
     import json
 
+    from audit.empirical import KIND
     from common.errors import EvidenceError
 
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise EvidenceError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or document.get("kind") != KIND:
         raise EvidenceError(f"{path}: is not what `hansa audit empirical --json` writes")
     return document

@@ -20,7 +20,6 @@ from simulations.wording import counted, number, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 SCHEMA = "hansa/budget/1"
 _BAR = 40
@@ -131,9 +130,9 @@ def _print(books: Books, document: dict[str, Any], console: "Console") -> None:
     for line in _lines(document):
         console.print(line, markup=False, soft_wrap=True)
     if document["runs"]:
-        console.print(_runs_table(books.spending.runs()))
-        console.print(_purposes_table(document["purposes"]))
-    for line in _cautions(document):
+        _show_runs(console, books.spending.runs())
+        _show_purposes(console, document["purposes"])
+    for line in _cautions(books, document):
         console.print(line, markup=False, soft_wrap=True, style="yellow")
 
 
@@ -165,19 +164,14 @@ def _lines(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _runs_table(runs: list[RunSpending]) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
+def _show_runs(console: "Console", runs: list[RunSpending]) -> None:
+    from hansa.commands.tables import Column, show
 
-    table = Table(title="Runs, each alone", title_justify="left", title_style="bold")
-    table.box, table.padding = None, (0, 2, 0, 0)
-    for heading in ("Run", "Contract", "Date", "State"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("Reserved", "Released", "Counts"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for own in runs:
-        table.add_row(
-            Text(plain(own.run, 16)),
+    words = [Column(heading, figures=False) for heading in ("Run", "Contract", "Date", "State")]
+    figures = [Column(heading) for heading in ("Reserved", "Released", "Counts")]
+    rows = [
+        (
+            plain(own.run, 16),
             own.contract[:8],
             moment(own.at)[:10],
             own.state,
@@ -185,30 +179,34 @@ def _runs_table(runs: list[RunSpending]) -> "Table":
             epsilon_text(own.released),
             "0" if own.state == "expired" else epsilon_text(own.charged),
         )
-    return table
+        for own in runs
+    ]
+    show(console, "Runs: epsilon of each alone", [*words, *figures], rows)
 
 
-def _purposes_table(purposes: dict[str, dict[str, float | None]]) -> "Table":
-    from rich.table import Table
+def _show_purposes(console: "Console", purposes: dict[str, dict[str, float | None]]) -> None:
+    from hansa.commands.tables import Column, show
 
-    table = Table(title="Purposes, each alone", title_justify="left", title_style="bold")
-    table.box, table.padding = None, (0, 2, 0, 0)
-    table.add_column("Purpose")
-    table.add_column("Epsilon", justify="right")
-    table.add_column("Cap of its own", justify="right")
-    for stage, found in purposes.items():
-        cap = found["cap"]
-        table.add_row(
+    columns = [Column("Purpose", figures=False), Column("Epsilon"), Column("Cap of its own")]
+    rows = [
+        (
             plain(stage, 20),
             epsilon_text(found["epsilon"] or 0.0),
-            "none" if cap is None else epsilon_text(cap),
+            "none" if found["cap"] is None else epsilon_text(found["cap"]),
         )
-    return table
+        for stage, found in purposes.items()
+    ]
+    show(console, "Purposes: epsilon of each alone", columns, rows)
 
 
-def _cautions(document: dict[str, Any]) -> list[str]:
+def _cautions(books: Books, document: dict[str, Any]) -> list[str]:
     """Say what a person should do something about, or should not forget."""
     lines = []
+    if not books.merchant.ledger.path.exists():
+        lines.append(
+            f"There is no ledger at {plain(str(books.merchant.ledger.path))} yet. If you took part "
+            "in a run before, it was moved or lost: find it before you join another."
+        )
     if document["refresh_days"] is not None:
         lines.append(
             f"A run counts for {number(document['refresh_days'])} days. Customers who stay are "

@@ -136,17 +136,23 @@ def _contract(path: Path | None, merchant: Path | None, epsilon: float | None) -
 
 
 def _show(audit: "Empirical", console: "Console") -> None:
-    from rich.table import Table
+    from rich.text import Text
 
     from audit.empirical import LIMITS, SEEDED
+    from hansa.commands.tables import Column, show
 
-    table = Table("Test of the mechanism", "Found", "Expected", "p-value", "")
-    for check in audit.checks:
-        p = "" if check.p_value is None else f"{check.p_value:.2g}"
-        expected = f"{'at most ' if check.p_value is None else ''}{check.expected:.6g}"
-        found = f"{check.statistic:.6g}"
-        table.add_row(check.name, found, expected, p, "ok" if check.passed else "[red]FAIL[/red]")
-    console.print(table)
+    rows = [
+        (
+            check.name,
+            f"{check.statistic:.6g}",
+            f"{'at most ' if check.p_value is None else ''}{check.expected:.6g}",
+            "" if check.p_value is None else f"{check.p_value:.2g}",
+            "ok" if check.passed else Text("FAIL", style="red"),
+        )
+        for check in audit.checks
+    ]
+    figures = map(Column, ("Found", "Expected", "p-value", "Result"))
+    show(console, "Tests of the mechanism", [Column("Test", figures=False), *figures], rows)
     for text in _told(audit):
         console.print(text, highlight=False, markup=False)
     colour = "red" if audit.failures else "green"

@@ -48,11 +48,12 @@ def check(
         if customers:
             typer.echo(f"{feature}: {customers:,} customers outside the contract's bounds, clipped")
     _tell_cost(merchant, agreed)
-    if agreed.aggregation.secure:
-        _check_secure(merchant, merchant_file.absolute().parent, agreed)
-    elif not merchant.policy.accept_unmasked_sums:
+    if not agreed.aggregation.secure and not merchant.policy.accept_unmasked_sums:
         typer.echo("your policy refuses this contract: its sums are not masked")
         raise typer.Exit(1)
+    _check_enrolled(merchant, merchant_file.absolute().parent, agreed)
+    if agreed.aggregation.secure:
+        _check_secure(merchant, agreed)
     _check_budget(merchant, agreed)
 
 
@@ -79,23 +80,35 @@ def _tell_cost(merchant: "Merchant", contract: "Contract") -> None:
     )
 
 
-def _check_secure(merchant: "Merchant", folder: Path, contract: "Contract") -> None:
-    """End with exit code 1 where this merchant would help to unmask no sum.
+def _check_enrolled(merchant: "Merchant", folder: Path, contract: "Contract") -> None:
+    """End with exit code 1 where no witness is pinned, without whom nothing is released.
 
     Raises:
         IdentityError: Its key or the list of members cannot be used, or they do not agree.
     """
     from clients.enrolment import enrolment
-    from common.contract import MAX_COHORT
     from simulations.wording import counted
 
     _, members = enrolment(merchant, folder)
-    asked, counted_on = merchant.policy.min_cohort, contract.federation.min_merchants
+    counted_on = contract.federation.min_merchants
     short = "" if len(members.keys) >= counted_on else f"; the contract counts on {counted_on:,}"
     typer.echo(
-        "its sums are masked; your key is enrolled, in a list of "
-        f"{counted(len(members.keys), 'merchant')}{short}"
+        f"its sums are {'masked' if contract.aggregation.secure else 'not masked'}; your key is "
+        f"enrolled, in a list of {counted(len(members.keys), 'merchant')}{short}"
     )
+    if not members.witness:
+        typer.echo(
+            "your list of members has no [witness] key: you would release nothing; ask the "
+            "coordinator for it (hansa server init prints it)"
+        )
+        raise typer.Exit(1)
+
+
+def _check_secure(merchant: "Merchant", contract: "Contract") -> None:
+    """End with exit code 1 where this merchant would help to unmask no sum."""
+    from common.contract import MAX_COHORT
+
+    asked, counted_on = merchant.policy.min_cohort, contract.federation.min_merchants
     largest = -(-counted_on // -(-counted_on // MAX_COHORT))
     if asked > largest:
         typer.echo(

@@ -14,14 +14,14 @@ from simulations.wording import counted, number, percent, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
 SCHEMA = "hansa/plan/1"
 _POINTS = 8
 _SAID = {
     "drowned": "Noise drowns most of it: expect a model no better than the segment of last "
     "period. Ask for more merchants, more customers, a smaller model or a larger epsilon.",
-    "weak": "The noise can be seen: expect a model that learns, but may not beat the segment of "
-    "last period by much.",
+    "weak": "The noise can be seen: expect a model that learns, but do not count on it to beat the "
+    "segment of last period.",
     "good": "The noise costs little: expect nearly what the same training would reach without it.",
 }
 
@@ -74,8 +74,8 @@ def _crowd(choices: Choices, contract: Contract) -> Crowd | None:
     merchants = choices.merchants or contract.federation.min_merchants
     if merchants < contract.min_survivors:
         raise ContractError(
-            f"--merchants: with {merchants} merchants no sum comes about; the contract needs "
-            f"{contract.min_survivors} (aggregation.min_survivors)"
+            f"--merchants: with {counted(merchants, 'merchant')} no sum comes about; the contract "
+            f"needs {contract.min_survivors} (aggregation.min_survivors)"
         )
     return None if choices.customers is None else Crowd(contract, merchants, choices.customers)
 
@@ -144,8 +144,9 @@ def _quality(crowd: Crowd) -> dict[str, Any]:
 def _print(document: dict[str, Any], cost: Cost, console: "Console") -> None:
     for line in _cost_lines(document):
         console.print(line, markup=False, soft_wrap=True)
-    for table in (_stages_table(document), _curve_table(cost), _others_table(document, cost)):
-        console.print(table)
+    _show_stages(console, document)
+    _show_curve(console, cost)
+    _show_others(console, document, cost)
     told = [*_budget_lines(document["budget"]), *_quality_lines(document["quality"])]
     for line in told:
         console.print(line, markup=False, soft_wrap=True)
@@ -165,57 +166,57 @@ def _cost_lines(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(title: str) -> "Table":
-    from rich.table import Table
+def _show_stages(console: "Console", document: dict[str, Any]) -> None:
+    from hansa.commands.tables import Column, show
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.box, table.padding = None, (0, 2, 0, 0)
-    return table
-
-
-def _stages_table(document: dict[str, Any]) -> "Table":
-    table = _table("Releases")
-    table.add_column("For")
-    for heading in ("Numbers", "Noise / sensitivity", "Times", "Epsilon alone"):
-        table.add_column(heading, justify="right")
-    for stage in document["stages"]:
-        table.add_row(
-            stage["stage"],
+    headings = ("Numbers", "Noise / sensitivity", "Times", "Epsilon alone")
+    rows = [
+        (
+            name,
             f"{stage['numbers']:,}",
             number(stage["noise_multiplier"], 4),
             f"{stage['times']:,}",
             epsilon_text(stage["epsilon"]),
         )
-    return table
+        for name, stage in zip(_names(document["stages"]), document["stages"], strict=True)
+    ]
+    show(console, "Releases", [Column("For", figures=False), *map(Column, headings)], rows)
 
 
-def _curve_table(cost: Cost) -> "Table":
-    table = _table("Epsilon round by round")
-    table.add_column("After round", justify="right")
-    table.add_column("Epsilon", justify="right")
-    table.add_column("")
+def _names(stages: list[dict[str, Any]]) -> list[str]:
+    """Name each kind of release; a run's last evaluation has less noise than those before."""
+    told = [stage["stage"] for stage in stages]
+    return [f"{name} (last)" if name in told[:place] else name for place, name in enumerate(told)]
+
+
+def _show_curve(console: "Console", cost: Cost) -> None:
+    from hansa.commands.tables import Column, show
+
     stride = -(-len(cost.curve) // _POINTS)
-    for round_number, value in cost.curve[::-1][::stride][::-1]:
-        length = math.ceil(24 * value / cost.reserved)
-        table.add_row(f"{round_number:,}", epsilon_text(value), "#" * length)
-    return table
+    rows = [
+        (f"{k:,}", epsilon_text(value), "#" * math.ceil(24 * value / cost.reserved))
+        for k, value in cost.curve[::-1][::stride][::-1]
+    ]
+    columns = [Column("After round"), Column("Epsilon"), Column("", figures=False)]
+    show(console, "Epsilon round by round", columns, rows)
 
 
-def _others_table(document: dict[str, Any], cost: Cost) -> "Table":
+def _show_others(console: "Console", document: dict[str, Any], cost: Cost) -> None:
+    from hansa.commands.tables import Column, show
+
     noise = "own" if cost.contract.training.mode == "local" else "shared"
-
-    table = _table("Towards others, for others")
-    table.add_column("Case")
-    table.add_column("Epsilon", justify="right")
+    rows = []
     for found in document["colluders"]:
         value = math.inf if found["epsilon"] is None else found["epsilon"]
-        who = f"{counted(found['colluders'], 'merchant')} of the smallest sum in league"
-        who = who if found["colluders"] else "the smallest sum, nobody in league"
-        table.add_row(who, epsilon_text(value))
+        who = f"{counted(found['colluders'], 'merchant')} of the smallest sum "
+        who += "colludes" if found["colluders"] == 1 else "collude"
+        who = who if found["colluders"] else "the smallest sum, nobody colludes"
+        rows.append((who, epsilon_text(value)))
     for found in document["persons"]:
         who = f"a person who is a customer of {found['merchants']:g} merchants"
-        table.add_row(who, epsilon_text(found[f"epsilon_{noise}_noise"]))
-    return table
+        rows.append((who, epsilon_text(found[f"epsilon_{noise}_noise"])))
+    columns = [Column("Case", figures=False), Column("Epsilon")]
+    show(console, "Towards others, for others", columns, rows)
 
 
 def _budget_lines(budget: dict[str, Any] | None) -> list[str]:

@@ -3,8 +3,10 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
+import jsonschema
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -70,6 +72,14 @@ class TestDocument:
         assert document["verdict"] == "PASS"
         assert [row["name"] for row in document["mechanism_tests"]] == ["noise"]
         assert "never that it is right" in document["limits"][0]
+
+    @pytest.mark.parametrize("one_run", [RUN, None], ids=["canaries", "quick"])
+    def test_keeps_its_schema(self, one_run: OneRun | None) -> None:
+        """With and without a training."""
+        path = files("hansa") / "schemas" / "empirical.schema.json"
+        jsonschema.validate(
+            document_of(replace(AUDIT, one_run=one_run)), json.loads(path.read_text())
+        )
 
     def test_says_that_noise_was_seeded(self) -> None:
         """A repeatable audit did not test the real source."""

@@ -1,17 +1,22 @@
-"""Forgeries by parties that hold their own keys: what one side tells falsely, data at hand shows."""
+"""Forgeries by parties that hold their own keys, and what the data at hand show of them."""
 
 import json
+import math
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
+from audit import spending
 from audit.findings import Audit
+from audit.spending import MOST_KINDS
 from audit.verify import verify
-from common.events import PoissonGaussianSum, to_document
+from common import statements
+from common.events import PoissonGaussianSum
 from tests.audit.evidence_world import (
     DAY_S,
     Document,
@@ -185,7 +190,9 @@ def other_model_in_a_failed_sum(world: World) -> None:
     at = next(
         i
         for i, d in enumerate(found)
-        if d["kind"] == "release" and (d["round"], d["attempt"]) == (2, 0) and d["stage"] == "update"
+        if d["kind"] == "release"
+        and (d["round"], d["attempt"]) == (2, 0)
+        and d["stage"] == "update"
     )
     found[at]["parameters"] = "ab" * 32
     shop.rewrite(found)
@@ -238,7 +245,10 @@ COORDINATOR: dict[str, tuple[Tamper, set[str]]] = {
         documents("privacy.json", lambda d: d.update(unit_of_privacy="one purchase")),
         {"privacy-differs"},
     ),
-    "accuracy": (documents("metrics.json", lambda d: d.update(accuracy=0.99)), {"published-differs"}),
+    "accuracy": (
+        documents("metrics.json", lambda d: d.update(accuracy=0.99)),
+        {"published-differs"},
+    ),
     "error of the accuracy": (
         documents("metrics.json", lambda d: d.update(accuracy_error=1e-6)),
         {"published-differs"},
@@ -247,6 +257,32 @@ COORDINATOR: dict[str, tuple[Tamper, set[str]]] = {
     "noise of a count": (
         documents("metrics.json", lambda d: d.update(count_stddev=0.1)),
         {"published-differs"},
+    ),
+}
+
+
+def add_file(world: World) -> None:
+    """Publish a file beside those of a bundle: it could hold anything, single vectors too."""
+    files = {**world.bundles["run-1"], "vectors.json": b"[1, 2, 3]"}
+    with tempfile.TemporaryDirectory() as folder:
+        world.bundles["run-1"] = bundled(files, world.server, Path(folder) / "bundle")
+
+
+def other_layers(world: World) -> None:
+    """Publish layers that are not those of the parameters."""
+    files = dict(world.bundles["run-1"])
+    tensors = load(files["model.safetensors"])
+    files["model.safetensors"] = save({**tensors, "layer0.bias": np.ones(2, np.float32)})
+    with tempfile.TemporaryDirectory() as folder:
+        world.bundles["run-1"] = bundled(files, world.server, Path(folder) / "bundle")
+
+
+COORDINATOR |= {
+    "another file in the bundle": (add_file, {"bundle-invalid"}),
+    "layers of another model": (other_layers, {"bundle-invalid"}),
+    "seeded by its own word": (
+        documents("privacy.json", lambda d: d["notes"].append(statements.NOT_FOR_RELEASE)),
+        {"noise-seeded"},
     ),
 }
 
@@ -304,31 +340,23 @@ class TestHonestTrouble:
 class TestHeavy:
     """Evidence that is made to keep an auditor busy."""
 
-    def test_many_kinds_of_sampled_sums(self, tmp_path: Path) -> None:
+    def test_many_kinds_of_sampled_sums(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Hundreds of different sampled sums are no way to make an audit hang."""
-        world = World.founded(small_contract())
-        shop = world.shops[0]
-        for number in range(60):
-            charges = [
-                {"stage": "update", "event": event, "towards_server": event}
-                for event in (
-                    to_document(PoissonGaussianSum(1.0 + number + k / 1000, 1.0, 0.01, 3))
-                    for k in range(20)
-                )
-            ]
-            world.enter(
-                shop, kind="reserve", run=f"run-{number}", contract="ab" * 32, releases=charges,
-                last=["update", 1], policy=dict(shop.policy), before=1e-3, after=1e-3,
-                lifetime=1e-3, accountant="", hansa="", code="",
-            )  # fmt: skip
-        began = time.monotonic()
-        found = of_shop(world, tmp_path)
-        assert "contract-missing" in found
-        assert time.monotonic() - began < 60
+        composed = []
+
+        def recompute(events: list[dict[str, Any]], _delta: float) -> float:
+            composed.append(len(events))
+            return 1.0
+
+        monkeypatch.setattr(spending, "recompute", recompute)
+        for kinds, expected in ((MOST_KINDS, 1.0), (MOST_KINDS + 1, math.inf)):
+            events = [PoissonGaussianSum(1.0 + k / 1000, 1.0, 0.01, 3) for k in range(kinds)]
+            assert spending.quick_epsilon(events, 1e-5) == expected
+            assert spending.epsilon_of(events, 1e-5) == expected
+        assert composed
+        assert max(composed) <= MOST_KINDS
 
     def test_a_file_of_empty_lines(self, world: World, tmp_path: Path) -> None:
         """Lines are read one by one, not first all and then each."""
         world.write_shop(world.shops[0], tmp_path / "shop.zip", **{"ledger.jsonl": b"\n" * 10**7})
         assert serious(verify([tmp_path])) == {"ledger-unreadable"}
-
-

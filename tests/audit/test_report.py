@@ -176,7 +176,19 @@ class TestDocument:
         told = {**EMPIRICAL, "lower_bound": None, "confidence": None, "canaries": None}
         document = _document(audit(), told)
         assert document["empirical"]["lower_bound"] is None
-        assert document["verdict"]["passed"]
+        verdict = document["verdict"]
+        assert verdict["passed"]
+        assert "tests of the code's mechanisms with generated customers" in verdict["covers"]
+        assert any("No training was attacked" in told for told in verdict["lacks"])
+
+    def test_an_attack_under_another_contract(self) -> None:
+        """The verdict does not rest on it in silence."""
+        own = audit().runs[0].contract_sha256
+        for contract, told in ((own, False), ("0" * 64, True)):
+            lacks = _document(audit(), {**EMPIRICAL, "contract_sha256": contract})["verdict"][
+                "lacks"
+            ]
+            assert any("another contract" in sentence for sentence in lacks) is told
 
     def test_the_closed_form_is_a_third_opinion(self) -> None:
         """Where the listed events cost clearly more than was recomputed, there is a warning."""
@@ -293,8 +305,14 @@ class TestPage:
         plain = replace(run(), contract=contract, privacy=privacy)
         text = _page(replace(audit(), runs=(plain,))).text
         assert "not masked" in text
-        assert "towards the coordinator epsilon 14.88 holds" in text
+        assert "of one of them alone epsilon 14.88 holds towards the coordinator" in text
         assert "Epsilon towards the coordinator" not in _page(audit()).text
+
+    def test_one_merchant_alone_tells_nothing_of_masks(self) -> None:
+        """Without a run's record nobody says that the coordinator saw masked messages."""
+        text = _page(replace(audit(), runs=())).text
+        assert "no coordinator's evidence tells whether sums were masked" in text
+        assert "the epsilon of the runs holds towards it too" not in text
 
     def test_mode_local(self) -> None:
         """Whoever colludes, each merchant's own noise is there."""
@@ -574,6 +592,14 @@ class TestHazards:
         found = _document(Audit((), ()))["hazards"]
         assert len(found) == len(HAZARDS)
         assert {hazard["status"] for hazard in found} == {"untested"}
+
+    def test_heads_from_merchants_alone(self) -> None:
+        """A merchant could have left out the last ones: that is no proof of a whole ledger."""
+        checks = {"heads countersigned": 9}
+        found = {
+            h["name"]: h["status"] for h in _document(replace(audit(), checks=checks))["hazards"]
+        }
+        assert found["Shortened, copied or restored ledgers"] == "attention"
 
     def test_a_good_audit(self) -> None:
         """What evidence cannot show stays untested; partial matching asks to read on."""

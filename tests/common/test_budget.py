@@ -120,16 +120,15 @@ class TestCounting:
         """An empty ledger spent nothing."""
         assert folded().spent() == folded().spent(lifetime=True) == 0.0
 
-    def test_latest_entry_of_a_run(self) -> None:
-        """A run is as old as its latest entry, by the latest clock."""
+    def test_latest_charge_of_a_run(self) -> None:
+        """A run is as old as its last release, by the latest clock; notes make it no younger."""
         account = folded(
-            reservation("a", LARGE, at=100.0), note("join", "a", at=50.0) | {"roster": "r"}
+            reservation("a", LARGE, at=100.0),
+            released("a", 1, charge(50.0)) | {"at": 50.0},
+            note("settle", "a", at=900.0),
         )
-        assert (account.runs["a"].at, account.runs["a"].seq, account.runs["a"].latest) == (
-            100.0,
-            2,
-            3,
-        )
+        run = account.runs["a"]
+        assert (run.at, run.seq, run.latest) == (100.0, 2, 3)
 
     def test_steps(self) -> None:
         """Sessions and steps that were taken are known; a plain sum takes none."""

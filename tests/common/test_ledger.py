@@ -681,6 +681,17 @@ class TestRefresh:
         reserve(shop, "e", charge(50.0))
         assert "expire" not in shop.kinds()
 
+    def test_attests_after_a_run_that_came_to_its_end(self, shop: Shop) -> None:
+        """What was noted after the last release, and never seen, keeps no run from growing old."""
+        shop.release(1, "a", cost=LARGE)
+        shop.ledger.note_sum("a", "update", 1, 0, 3)
+        shop.ledger.settle("a")
+        self.later(shop, 60, None)
+        shop.ledger.check_affordable(whole_run("b", CONTRACT), [LARGE])
+        shop.ledger.accept(shop.latest)  # when the last release was seen
+        self.later(shop, 1, 61)()
+        assert shop.kinds()[-2:] == ["expire", "reserve"]
+
     def test_check_affordable(self, shop: Shop) -> None:
         """Attesting looks at the merchant's clock alone and lets nothing expire."""
         self.later(shop, 31, None)

@@ -174,9 +174,21 @@ class TestEpsilon:
     def test_a_ledger_that_the_coordinator_does_not_tell_of(self, evidence: Path) -> None:
         """Is no reason to say that all is well."""
         (evidence / "server.zip").unlink()
-        document = json.loads(hansa("audit", "epsilon", evidence, "--json", "-").stdout)
+        done = hansa("audit", "epsilon", evidence, "--json", "-")
+        document = json.loads(done.stdout)
         assert document["runs"] == []
+        assert "no coordinator's evidence was there" in done.stderr
         assert all(ledger["hansa"] > 0 for ledger in document["ledgers"])
+
+    def test_what_was_not_looked_at_is_not_said_to_hold(self, evidence: Path) -> None:
+        """No ledger at all, or evidence that fails."""
+        text = hansa("audit", "epsilon", evidence / "server.zip").output
+        assert "what was charged is not known" in text
+        one = evidence / "merchants" / "merchant-0001.zip"
+        rewritten(one, "policy.json", b'"delta"', b'"DELTA"')
+        text = hansa("audit", "epsilon", one, code=1).output
+        assert "hansa audit verify says why" in text
+        assert "every release" not in text
 
 
 class TestReport:
@@ -196,7 +208,7 @@ class TestReport:
         filed = ("--filing", tmp_path / "filing.toml")
         hansa("audit", "report", evidence, "--out", tmp_path / "r", *filed)
         assert "Hanseatic shops" in (tmp_path / "r" / "report.html").read_text()
-        for text in ("nothing", "[1]"):
+        for text in ("nothing", "[1]", '{"schema": "hansa/budget/1"}'):
             (tmp_path / "e.json").write_text(text)
             tried = ("--empirical", tmp_path / "e.json")
             with pytest.raises(EvidenceError, match=r"e\.json"):
@@ -204,6 +216,12 @@ class TestReport:
         (tmp_path / "filing.toml").write_text('[controller]\nnmae = "misspelt"\n')
         with pytest.raises(HansaError, match="not known"):
             hansa("audit", "report", evidence, "--out", tmp_path / "r", *filed)
+
+    def test_a_file_in_the_way(self, evidence: Path, tmp_path: Path) -> None:
+        """One clear line."""
+        (tmp_path / "r").write_text("something else")
+        with pytest.raises(HansaError, match="the report cannot be written"):
+            hansa("audit", "report", evidence, "--out", tmp_path / "r")
 
     def test_a_failed_audit_is_reported_too(self, evidence: Path, tmp_path: Path) -> None:
         """With exit code 1."""

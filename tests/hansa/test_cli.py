@@ -77,7 +77,8 @@ class TestHelp:
     def test_help_lists_all_commands(self) -> None:
         """Each with a sentence."""
         text = hansa("--help").stdout
-        for command in ("simulate", "compare", "contract", "version", "data", "merchant"):
+        groups = ("data", "merchant", "server", "audit")
+        for command in ("simulate", "compare", "contract", "version", *groups):
             assert re.search(rf"^\W*{command}  +[A-Z]", text, re.MULTILINE)
 
     @pytest.mark.parametrize(
@@ -87,7 +88,9 @@ class TestHelp:
             (("simulate",), ("--insecure-plain-sums", "without masks")),
             (("compare",), ("--seeds", "--epsilon", "--out", "--insecure-plain-sums")),
             (("data",), ("list", "show", "generate")),
-            (("merchant",), ("check", "assign")),
+            (("merchant",), ("check", "plan", "budget", "settle", "evidence", "head", "assign")),
+            (("server",), ("init", "evidence")),
+            (("audit",), ("verify", "epsilon", "report", "empirical")),
             (("data", "generate"), ("--epsilon", "--data-seed")),
         ],
         ids=str,
@@ -182,6 +185,7 @@ class TestErrors:
 class TestSimulate:
     """A whole run from the command line."""
 
+    @pytest.mark.slow
     def test_json_on_the_terminal_is_nothing_else(self, tmp_path: Path) -> None:
         """Standard output is one document that keeps its schema; the report is there."""
         done = hansa("simulate", *SMALL, "--seed", "3", "--out", "o", "--json", "-", cwd=tmp_path)
@@ -218,6 +222,7 @@ class TestSimulate:
         assert told["achieved"] == document["achieved"]
         assert told["colluders"] == document["colluders"]
 
+    @pytest.mark.slow
     def test_plain_sums_need_a_flag_and_are_told_everywhere(self, tmp_path: Path) -> None:
         """In red where there is red, in words everywhere else."""
         flags = ("--insecure-plain-sums", "--out", "o", "--json", "r.json")
@@ -254,6 +259,7 @@ class TestSimulate:
         checked = hansa(*check, "--contract", "f/contract.toml", cwd=tmp_path, code=1)
         assert "your ledger refuses this contract" in checked.stdout
 
+    @pytest.mark.slow
     def test_ctrl_c_ends_a_run_without_a_trace(self, tmp_path: Path) -> None:
         """Exit code 130, one word, no bundle and no report."""
         arguments = ["--preset", "small", "--rounds", "5000", "--epsilon", "50", "--out", "o"]
@@ -400,15 +406,17 @@ class TestMerchant:
         assert not (file.parent / "session.sealed").exists()
 
     def test_plain_sums_cost_more_towards_the_server(self, plain: Path) -> None:
-        """Two epsilons, and nothing of keys: none are needed."""
+        """Two epsilons; the ledger needs a key all the same."""
         folder = plain / "merchants" / "merchant-0000"
-        (folder / "identity.key").unlink()
         check = ("merchant", "check", folder / "merchant.toml")
         text = hansa(*check, "--contract", plain / "contract.toml").stdout
         agreed = read_contract(plain / "contract.toml")
         server = epsilon_text(planned_epsilon_towards_server(agreed))
         assert f"sees sums and {server} towards the server" in text
-        assert "enrolled" not in text
+        assert "its sums are not masked; your key is enrolled" in text
+        (folder / "identity.key").unlink()
+        line = said(hansa(*check, "--contract", plain / "contract.toml", code=2))
+        assert "there is no identity key" in line
 
     @pytest.mark.parametrize(
         ("broken", "words"),
@@ -439,11 +447,21 @@ class TestMerchant:
     def test_a_short_list_of_members_is_noticed(self, federation: Path) -> None:
         """It may still grow, so the check goes on."""
         listed = federation / "members.toml"
-        listed.write_text("\n".join(listed.read_text().splitlines()[:3]) + "\n")
+        lines = listed.read_text().splitlines()
+        listed.write_text("\n".join([*lines[:3], *lines[lines.index("[witness]") :]]) + "\n")
         check = ("merchant", "check", federation / "merchants" / "merchant-0000" / "merchant.toml")
         text = hansa(*check, "--contract", federation / "contract.toml").stdout
         assert "in a list of 2 merchants; the contract counts on 3" in text
         assert "would be accepted" in text
+
+    def test_without_a_witness_nothing_would_be_released(self, federation: Path) -> None:
+        """Exit code 1, and whom to ask."""
+        listed = federation / "members.toml"
+        listed.write_text(listed.read_text().partition("[witness]")[0])
+        check = ("merchant", "check", federation / "merchants" / "merchant-0000" / "merchant.toml")
+        text = hansa(*check, "--contract", federation / "contract.toml", code=1).stdout
+        assert "has no [witness] key" in text
+        assert "would be accepted" not in text
 
     def test_a_merchants_own_list_of_members_comes_first(self, federation: Path) -> None:
         """As in a run: what lies beside the merchant's file is what it pinned."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ from flwr.app import Message
 from common.accounting import epsilon
 from common.budget import Charge
 from common.contract import Contract
-from common.errors import BudgetRefusal, RunError
+from common.errors import ArchiveError, BudgetRefusal, RunError
 from common.events import GaussianSum, merged
 from common.fixed_point import lattice_sensitivity
 from common.identity import Identity
 from common.ledger import Ledger, whole_run
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, lattice_of, plan_of
 from common.wire import Attested, SumAnswer, SumRequest, pack, unpack
-from server.archive import open_archive
+from server.archive import RunRecord, open_archive
 from server.coordinator import Coordinator, Outcome, RoundReport
 from server.sums import MESSAGE_TYPES
 from simulations.federation import Federation
@@ -648,3 +649,28 @@ def test_an_answer_is_read_as_it_was_packed(
         assert vector.dtype == np.uint32
         signed = np.where(vector < 2**31, vector.astype(float), vector.astype(float) - 2.0**32)
         np.testing.assert_array_equal(outcome.profile.parts[merchant], signed * step)
+
+
+@pytest.mark.parametrize("stage", ["evaluation", "profile"])
+def test_nothing_is_published_that_was_not_recorded(
+    federate: Federate,
+    run_over_grid: RunOverGrid,
+    plain: Contract,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    """A sum that a run can do without is still charged: a full disk ends the run."""
+    record = RunRecord.sum
+
+    def full(self: RunRecord, total: Any, **fields: Any) -> None:
+        if fields["stage"] == stage:
+            raise ArchiveError("no space left")
+        record(self, total, **fields)
+
+    monkeypatch.setattr(RunRecord, "sum", full)
+    federation = federate(plain)
+    with pytest.raises(ArchiveError, match="no space left"):
+        run_over_grid(federation)
+    lines = next(federation.server.glob("runs/*/run.jsonl")).read_text()
+    assert '"kind": "start"' in lines
+    assert '"kind": "end"' not in lines
