@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import click
