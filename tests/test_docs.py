@@ -12,8 +12,8 @@ import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 from types import ModuleType
+from typing import Any
 
 import click
 import jsonschema
