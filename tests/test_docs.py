@@ -51,7 +51,12 @@ class Block:
         return next(found, None)
 
 
-LONG = {"README.md", "docs/commands/audit.md", "docs/commands/simulate.md"}
+LONG = {
+    "README.md",
+    "docs/commands/audit.md",
+    "docs/commands/simulate.md",
+    "docs/quickstart.md",
+}
 
 
 def blocks(page: Path) -> list[Block]:

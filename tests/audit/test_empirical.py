@@ -93,6 +93,7 @@ class TestCommand:
     APP = typer.Typer()
     APP.command()(empirical)
 
+    @pytest.mark.slow
     def test_quick(self, tmp_path: Path) -> None:
         """It prints and writes the verdict, and leaves nothing beside the JSON."""
         (tmp_path / "contract.toml").write_text(contract_toml(SMALL), encoding="utf-8")

@@ -198,6 +198,7 @@ class TestSimulate:
         assert "guess" in (tmp_path / "o" / "report.html").read_text()
         assert "Report" in done.stderr
 
+    @pytest.mark.slow
     def test_sums_are_secure_unless_told_otherwise(self, tmp_path: Path) -> None:
         """Everything that is written says so, and one epsilon holds towards everybody."""
         done = hansa("simulate", *SMALL, "--out", "o", "--json", "r.json", cwd=tmp_path)
