@@ -242,7 +242,7 @@ def contributors_times(factor: float) -> Any:
     """Size noise shares for another number of survivors."""
 
     def faulty(exact: np.ndarray, **how: Any) -> np.ndarray:
-        how["contributors"] = how["contributors"] * factor
+        how["contributors"] = round(how["contributors"] * factor)
         return np.asarray(_HONEST_SUM(exact, **how))
 
     return releases(faulty)
