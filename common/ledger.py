@@ -248,7 +248,7 @@ class Ledger:
                 raise BudgetRefusal("the run was reserved for under another contract")
             else:
                 reason = ""
-            head = self._head(connection, since)
+            head = self._head(since)
         if reason:
             raise BudgetRefusal(f"the run {reason}")
         return head
@@ -345,7 +345,7 @@ class Ledger:
                     "members": members,
                 },
             )
-            return self._head(connection, since)
+            return self._head(since)
 
     def release(
         self,
@@ -389,7 +389,7 @@ class Ledger:
                         "step": step,
                     },
                 )
-                return self._head(connection, since)
+                return self._head(since)
             self._refuse(connection, occasion, str(refusal))
         raise refusal
 
@@ -543,7 +543,7 @@ class Ledger:
         if seen is not None:
             self._check_held(connection, seen)
 
-    def _head(self, connection: sqlite3.Connection, since: int | None) -> Head:
+    def _head(self, since: int | None) -> Head:
         """Return the last entry, and how it extends the entry that the receiver knows."""
         entry = self._stored[-1]
         known = entry.seq if since is None else min(since, entry.seq)
