@@ -5,28 +5,16 @@ names a `merchant.toml`. In Flower's local simulation, where nodes are numbered 
 belong to one person, node k takes the k-th merchant of the run's `federation` folder.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from clients.handling import HANDLERS, answered
 from clients.worker import Worker
-from common.errors import (
-    BudgetRefusal,
-    PolicyError,
-    ReplayRefusal,
-    RunError,
-    WireError,
-    WitnessRefusal,
-)
-from common.wire import Advertise, Attest, Confirm, Reveal, Share, SumRequest, pack, unpack
-
-logger = logging.getLogger("hansa.merchant")
+from common.errors import PolicyError
 
 FindWorker = Callable[[Context], Worker]
 
@@ -35,39 +23,16 @@ def create_app(find_worker: FindWorker) -> ClientApp:
     """Return a ClientApp whose messages are answered by the worker of their context."""
     client_app = ClientApp()
 
-    def handler(kind: type[Any], answer: str) -> Callable[[Message, Context], Message]:
-        def handle(message: Message, context: Context) -> Message:
-            with _nothing_told():
-                worker = find_worker(context)
-                reply = getattr(worker, answer)(unpack(kind, message.content))
-            return Message(pack(reply), reply_to=message)
+    def handle(message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        return Message(
+            answered(lambda: find_worker(context), kind, message.content), reply_to=message
+        )
 
-        return handle
-
-    client_app.query("attest")(handler(Attest, "attest"))
-    client_app.query("advertise")(handler(Advertise, "advertise"))
-    client_app.query("share")(handler(Share, "share"))
-    client_app.query("census")(handler(SumRequest, "answer"))
-    client_app.train("update")(handler(SumRequest, "answer"))
-    client_app.evaluate("confusion")(handler(SumRequest, "answer"))
-    client_app.query("profile")(handler(SumRequest, "answer"))
-    client_app.query("confirm")(handler(Confirm, "confirm"))
-    client_app.query("reveal")(handler(Reveal, "reveal"))
+    for message_type in HANDLERS:
+        category, _, name = message_type.partition(".")
+        getattr(client_app, category)(name)(handle)
     return client_app
-
-
-@contextmanager
-def _nothing_told() -> Iterator[None]:
-    """Keep the text of unexpected errors here: an exception's text reaches the coordinator."""
-    try:
-        yield
-    except (WireError, BudgetRefusal, ReplayRefusal, WitnessRefusal):
-        raise  # speak of message and budget alone; other errors name files, rows and columns
-    except Exception as error:
-        logger.exception("this merchant could not answer")
-        raise RunError(
-            f"the merchant's side failed ({type(error).__name__}); its own log says why"
-        ) from None
 
 
 def worker_of_node(context: Context) -> Worker:

@@ -1,0 +1,87 @@
+"""From a message to a worker's answer, one table for every way that messages come in.
+
+Flower's ClientApp (`clients.app`, simulations) and the worker's own socket
+(`clients.worker_service`, deployments) answer by this table, so that what is tested in one holds
+in the other. What goes wrong is told without a word about rows, files or this machine.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.errors import (
+    BudgetRefusal,
+    ReplayRefusal,
+    RunError,
+    WireError,
+    WitnessRefusal,
+)
+from common.wire import (
+    Advertise,
+    Attest,
+    Confirm,
+    Record,
+    Reveal,
+    Share,
+    SumRequest,
+    pack,
+    unpack,
+)
+
+if TYPE_CHECKING:
+    from clients.worker import Worker
+
+logger = logging.getLogger("hansa.merchant")
+
+
+@dataclass(frozen=True)
+class Handler:
+    """What a message holds, and which method of the worker answers it."""
+
+    kind: type[Any]
+    method: str
+
+
+HANDLERS: Mapping[str, Handler] = {
+    "query.attest": Handler(Attest, "attest"),
+    "query.advertise": Handler(Advertise, "advertise"),
+    "query.share": Handler(Share, "share"),
+    "query.census": Handler(SumRequest, "answer"),
+    "train.update": Handler(SumRequest, "answer"),
+    "evaluate.confusion": Handler(SumRequest, "answer"),
+    "query.profile": Handler(SumRequest, "answer"),
+    "query.confirm": Handler(Confirm, "confirm"),
+    "query.reveal": Handler(Reveal, "reveal"),
+}
+
+
+def answered(find_worker: Callable[[], "Worker"], message_type: str, content: Record) -> Record:
+    """Return the answer to a message.
+
+    Raises:
+        WireError: What is wrong with the message, or a ledger's refusal: both may be told.
+        RunError: Anything else failed; the reason is in this merchant's log and nowhere else.
+    """
+    with _nothing_told():
+        handler = HANDLERS.get(message_type)
+        if handler is None:
+            raise WireError(f"field 'type': a merchant has no answer to '{message_type[:40]}'")
+        worker = find_worker()
+        reply = getattr(worker, handler.method)(unpack(handler.kind, content))
+    return pack(reply)
+
+
+@contextmanager
+def _nothing_told() -> Iterator[None]:
+    """Keep the text of unexpected errors here: an exception's text reaches the coordinator."""
+    try:
+        yield
+    except (WireError, BudgetRefusal, ReplayRefusal, WitnessRefusal):
+        raise  # speak of message and budget alone; other errors name files, rows and columns
+    except Exception as error:
+        logger.exception("this merchant could not answer")
+        raise RunError(
+            f"the merchant's side failed ({type(error).__name__}); its own log says why"
+        ) from None
