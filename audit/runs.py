@@ -9,6 +9,7 @@ import numpy as np
 from audit import fields
 from audit.codes import Flaw, Notebook
 from audit.reading import contract_of
+from common.chain import is_signed
 from common.contract import Contract
 from common.errors import AccountingError, SecureSumError
 from common.events import Event, from_document
@@ -30,6 +31,7 @@ _KINDS: dict[str, fields.Fields] = {
         "hansa": fields.text,
         "code": fields.text,
     },
+    "late": {"at": fields.number, "merchants": _NAMES},
     "session": {"session": fields.whole, "context": fields.digest, "adverts": _NAMES},
     "sum": {
         "stage": fields.text,
@@ -101,11 +103,12 @@ class RunRecord:
     sessions: tuple[Session, ...]
     sums: tuple[RecordedSum, ...]
     end: str | None  # SHA-256 of the final model
+    late: tuple[str, ...] = ()  # who came when the run was under way
 
     @property
     def merchants(self) -> tuple[str, ...]:
         """Return who took part."""
-        return tuple(self.start["merchants"])
+        return (*self.start["merchants"], *self.late)
 
     @property
     def fewest(self) -> int | None:
@@ -137,6 +140,7 @@ def read_record(run: str, files: Mapping[str, bytes]) -> RunRecord:
         sessions=tuple(_session(n, one) for n, one in lines if one["kind"] == "session"),
         sums=tuple(_sum(n, one) for n, one in lines if one["kind"] == "sum"),
         end=ends[0] if ends else None,
+        late=tuple(name for _, one in lines if one["kind"] == "late" for name in one["merchants"]),
     )
 
 
@@ -209,8 +213,9 @@ def check_sessions(record: RunRecord, members: Members, where: str, notes: Noteb
         for advert in session.roster.adverts:
             notes.count("adverts")
             signed = advert.signed(session.roster.context)
+            keys = members.keys_of(advert.merchant)  # one of earlier, for a run of that time
             notes.check(
-                members.verify(advert.merchant, signed, advert.signature),
+                any(is_signed(key, signed, advert.signature) for key in keys),
                 "advert-invalid",
                 place,
                 f"the advert of '{advert.merchant}' is not signed with its enrolled key",

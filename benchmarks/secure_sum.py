@@ -49,9 +49,12 @@ from common.wire import (
     SumRequest,
 )
 from server.archive import Archive, make_archive, open_archive
+from server.asking import Run
 from server.cohort import Cohort
+from server.plain_sums import PlainSums
 from server.secure_sum import CoordinatorSession
-from server.sums import PlainSums, SecureSums
+from server.stages import Patience
+from server.sums import SecureSums
 from simulations.grid import FIRST_NODE, InProcessGrid
 
 _LATTICE = Lattice(1.0, 32)
@@ -184,7 +187,7 @@ class _Party:
         self._merchant, self._vector, self._secure = identity.merchant, vector, secure
 
     def advertise(self, message: Advertise) -> Advertised:
-        advert = self._secure.advertise(message, self._head.link) if message.session else b""
+        advert = self._secure.advertise(message, self._head.link, b"") if message.session else b""
         return Advertised(self._merchant, advert, self._head.to_bytes())
 
     def share(self, message: Share) -> Shared:
@@ -193,10 +196,10 @@ class _Party:
     def answer(self, request: SumRequest) -> SumAnswer:
         head = self._head.to_bytes()
         if not request.session:
-            return SumAnswer(self._merchant, "", b"", head, self._vector)
+            return SumAnswer(self._merchant, "", False, b"", head, self._vector)
         prepared = self._secure.prepare(request)
-        masked, escrow = self._secure.mask(request.session, prepared, self._vector)
-        return SumAnswer(self._merchant, "", escrow, head, masked)
+        sent = self._secure.mask(request, prepared, self._vector, head)
+        return SumAnswer(self._merchant, "", False, sent.escrow, head, sent.vector)
 
     def confirm(self, message: Confirm) -> Confirmed:
         return Confirmed(self._merchant, self._secure.confirm(message))
@@ -234,9 +237,10 @@ def _rounds(merchants: int, length: int, repeats: int, archive: Archive) -> dict
     ]
     app = create_app(lambda context: parties[int(context.node_config["partition-id"])])  # type: ignore[arg-type,return-value]
     nodes = {FIRST_NODE + i: party.merchant for i, party in enumerate(identities)}
-    cohort = Cohort(InProcessGrid(app, merchants, {}), 60.0, archive.witness, members, nodes)
-    secure = SecureSums(cohort, contract, "run", archive.record("run"))
-    plain = PlainSums(cohort, contract, "run")
+    grid, patience = InProcessGrid(app, merchants, {}), Patience(60.0)
+    run = Run("run", contract, Cohort(grid, patience, archive.witness, members, nodes))
+    secure = SecureSums(run, archive.record("run"))
+    plain = PlainSums(run)
     parameters, attempts = np.zeros(length), iter(range(10_000))
 
     def ask(way: SecureSums | PlainSums) -> float:
@@ -257,7 +261,7 @@ def _rounds(merchants: int, length: int, repeats: int, archive: Archive) -> dict
         seconds, found = cpu(lambda: way.ask(request, length, _LATTICE))
         expected = vectors.sum(axis=0, dtype=np.uint32)
         if found is None or not np.array_equal(_LATTICE.to_ring(found.total), expected):
-            raise SystemExit(f"the sum is wrong: {cohort.failures}")
+            raise SystemExit(f"the sum is wrong: {run.cohort.failures}")
         return seconds
 
     first = ask(secure)

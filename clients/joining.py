@@ -67,5 +67,13 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
         accept_unmasked_sums=merchant.policy.accept_unmasked_sums,
         secure=secure,
         noise_for=os_noise if seed is None else seeded_noise(seed, merchant.merchant.id),
+        members_version=_members_version(path.parent),
     )
     return Opened(worker, table, seed)
+
+
+def _members_version(folder: Path) -> int:
+    """Return the version of the list of members that a merchant pinned; 0 if it did not enrol."""
+    from clients.pinned import NAME, read_enrolment
+
+    return read_enrolment(folder).members_version if (folder / NAME).is_file() else 0

@@ -1,21 +1,35 @@
 """A merchant in secure sums: its session, kept between messages, and its own rules.
 
 Every method loads the state, lets `clients.secure_sum` check and answer, and stores the new
-state before anything is returned.
+state, with the answer, before anything is returned. Who asks the same question again gets that
+answer, byte for byte: a message may be lost on the way, or a process end, and nothing is masked,
+confirmed or revealed a second time.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from clients.secure_sum import Label, MerchantSession, Prepared
+from clients.secure_sum import Label, MerchantSession, Phase, Prepared, State
 from clients.session_store import SessionStore
 from common.errors import SecureSumError
 from common.identity import Identity, Members
 from common.session import occasion_hash, session_context
-from common.wire import Advertise, Confirm, Reveal, Share, SumRequest
+from common.wire import Advertise, Confirm, Reveal, Share, SumRequest, fingerprint
+
+_ADVERTISE, _SHARE, _UPDATE, _CONFIRM, _REVEAL = "advertise", "share", "update", "confirm", "reveal"
+
+
+@dataclass(frozen=True)
+class Masked:
+    """What left this merchant for one step, and leaves again if it is asked for again."""
+
+    vector: np.ndarray
+    escrow: bytes  # for the next step
+    head: bytes  # of the ledger, with the release
 
 
 @dataclass(frozen=True)
@@ -34,28 +48,56 @@ class SecureParty:
     minimum: int
     store: SessionStore
 
-    def advertise(self, message: Advertise, head: bytes) -> bytes:
+    def advertised(self, message: Advertise) -> tuple[bytes, bytes] | None:
+        """Return the advert and head that answered this message, while their session waits."""
+        state = self._state()
+        if state is None or state.phase is not Phase.ADVERTISED:
+            return None
+        known = _recalled(state, _ADVERTISE, fingerprint(message))
+        return None if known is None else (state.own_advert, bytes.fromhex(known["head"]))
+
+    def advertise(self, message: Advertise, link: bytes, head: bytes) -> bytes:
         """Begin a session with fresh keys; an earlier one is forgotten.
 
         Args:
             message: What the coordinator sent.
-            head: Link of the last entry of this merchant's ledger.
+            link: Of the last entry of this merchant's ledger.
+            head: That entry as it is sent.
         """
         context = session_context(message.run, message.session, message.contract)
         session = MerchantSession.advertise(
-            self.identity, self.members, self.minimum, context, message.session, head
+            self.identity, self.members, self.minimum, context, message.session, link
         )
+        _remember(session.state, _ADVERTISE, fingerprint(message), head=head.hex())
         with self.store.locked():
             self.store.save(session.state)
         return session.advert
 
-    def share(self, message: Share) -> tuple[bytes, str]:
-        """Join the roster and deal the first step's shares; return them with the roster's hash."""
+    def share(self, message: Share) -> tuple[bytes, str, bool]:
+        """Join the roster and deal the first step's shares.
+
+        Returns:
+            The escrow, the roster's hash, and whether they were returned before.
+        """
         context = session_context(message.run, message.session, message.contract)
         with self._session(message.session) as session:
             if context != session.state.context:
                 raise SecureSumError("field 'run': this session is of another run or contract")
-            return session.share(message.roster), session.state.roster_hash.hex()
+            known = _recalled(session.state, _SHARE, fingerprint(message))
+            if known is not None:
+                return bytes.fromhex(known["escrow"]), session.state.roster_hash.hex(), True
+            escrow = session.share(message.roster)
+            _remember(session.state, _SHARE, fingerprint(message), escrow=escrow.hex())
+            return escrow, session.state.roster_hash.hex(), False
+
+    def masked(self, request: SumRequest) -> Masked | None:
+        """Return what answered this very request before, if anything did."""
+        state = self._state()
+        known = None if state is None else _recalled(state, _UPDATE, fingerprint(request))
+        if known is None:
+            return None
+        vector = np.frombuffer(bytes.fromhex(known["vector"]), dtype=known["dtype"])
+        return Masked(vector.copy(), bytes.fromhex(known["escrow"]), bytes.fromhex(known["head"]))
 
     def prepare(self, request: SumRequest) -> Prepared:
         """Check what a request brings for its step; nothing changes."""
@@ -74,30 +116,79 @@ class SecureParty:
             return session.prepare(request.step, occasion, request.active, request.boxes, label)
 
     def mask(
-        self, session: int, prepared: Prepared, vector: np.ndarray
-    ) -> tuple[np.ndarray, bytes]:
-        """Return the masked vector and the escrow of the next step."""
-        with self._session(session) as found:
-            return found.mask(prepared, vector)
+        self, request: SumRequest, prepared: Prepared, vector: np.ndarray, head: bytes
+    ) -> Masked:
+        """Mask the vector that a request asked for, and deal the next step's shares."""
+        with self._session(request.session) as session:
+            found = Masked(*session.mask(prepared, vector), head)
+            _remember(
+                session.state,
+                _UPDATE,
+                fingerprint(request),
+                vector=found.vector.tobytes().hex(),
+                dtype=found.vector.dtype.str,
+                escrow=found.escrow.hex(),
+                head=head.hex(),
+            )
+            return found
 
     def confirm(self, message: Confirm) -> bytes:
         """Vouch for the set of survivors."""
         with self._session(message.session) as session:
-            return session.confirm(message.step, message.survivors)
+            known = _recalled(session.state, _CONFIRM, fingerprint(message))
+            if known is not None:
+                return bytes.fromhex(known["confirmations"])
+            confirmations = session.confirm(message.step, message.survivors)
+            _remember(
+                session.state,
+                _CONFIRM,
+                fingerprint(message),
+                confirmations=confirmations.hex(),
+            )
+            return confirmations
 
     def reveal(self, message: Reveal) -> tuple[bytes, Label, int]:
-        """Return the shares that unmask the sum, what was summed, and how many survived."""
+        """Return the shares that unmask the sum, what was summed, and how many survived.
+
+        The shares depend on the survivors that this merchant confirmed, not on whose
+        confirmations come with the message: a second message of a step gets the same ones.
+        """
         with self._session(message.session) as session:
+            known = _recalled(session.state, _REVEAL, str(message.step))
+            if known is not None:
+                label = Label(**json.loads(known["label"]))
+                return bytes.fromhex(known["shares"]), label, int(known["survivors"])
             current = session.state.step
             shares = session.reveal(message.step, message.confirmed, message.confirmations)
-        if current is None:
-            raise SecureSumError("field 'step': no step is under way")
-        return shares, current.label, len(current.survivors)
+            if current is None:
+                raise SecureSumError("field 'step': no step is under way")
+            _remember(
+                session.state,
+                _REVEAL,
+                str(message.step),
+                shares=shares.hex(),
+                label=json.dumps(asdict(current.label)),
+                survivors=str(len(current.survivors)),
+            )
+            return shares, current.label, len(current.survivors)
 
     def forget(self) -> None:
-        """Erase the session: its run is over."""
+        """Erase the session's keys: its run is over; what was answered may be asked for again."""
         with self.store.locked():
-            self.store.erase()
+            state = self.store.load()
+            over = State(
+                state.context, state.number, Phase.OVER, b"", b"", state.own_advert,
+                replies=state.replies,
+            )  # fmt: skip
+            self.store.save(over)
+
+    def _state(self) -> State | None:
+        """Return the session's state; None where there is none, or none that can be read."""
+        with self.store.locked():
+            try:
+                return self.store.load()
+            except SecureSumError:
+                return None
 
     @contextmanager
     def _session(self, number: int, *, changes: bool = True) -> Iterator[MerchantSession]:
@@ -111,3 +202,15 @@ class SecureParty:
             yield MerchantSession(self.identity, self.members, self.minimum, state)
             if changes:
                 self.store.save(state)
+
+
+def _remember(state: State, kind: str, question: str, **answer: str) -> None:
+    """Keep an answer; those to earlier steps are forgotten when a new vector leaves."""
+    if kind in {_ADVERTISE, _SHARE, _UPDATE}:
+        state.replies = {}
+    state.replies[kind] = {"question": question, **answer}
+
+
+def _recalled(state: State, kind: str, question: str) -> dict[str, str] | None:
+    known = state.replies.get(kind)
+    return known if known is not None and known["question"] == question else None

@@ -60,6 +60,7 @@ class Phase(StrEnum):
     READY = "ready"
     MASKED = "masked"
     CONFIRMED = "confirmed"
+    OVER = "over"  # the run's last sum was unmasked; no key is left
 
 
 @dataclass(repr=False)
@@ -114,6 +115,7 @@ class State:
     next_share: bytes = b""  # its own share of its own secrets
     next_keys: bytes = b""  # [n, 32]: its pair keys of the next step
     step: Step | None = None
+    replies: dict[str, dict[str, str]] = field(default_factory=dict)  # see clients.secure_party
 
 
 @dataclass(frozen=True, repr=False)
@@ -288,6 +290,8 @@ class MerchantSession:
         state = self.state
         if state.phase is Phase.ADVERTISED:
             raise SecureSumError("field 'step': this session has no roster yet")
+        if state.phase is Phase.OVER:
+            raise SecureSumError("field 'step': this session is over")
         if step != state.next_step or step >= MAX_STEPS:
             raise SecureSumError(
                 f"field 'step': expected step {state.next_step} of this session, got {step}; an "

@@ -9,13 +9,14 @@ this merchant pinned, the cap from its own policy.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from clients.release import noisy_sum
-from clients.secure_party import SecureParty
+from clients.secure_party import Masked, SecureParty
 from clients.training import GradientSum, clipped_gradient_sum, sampled
 from common.budget import Charge, Occasion
 from common.contract import Contract
@@ -55,6 +56,7 @@ from common.wire import (
     Shared,
     SumAnswer,
     SumRequest,
+    fingerprint,
 )
 
 logger = logging.getLogger("hansa.merchant")
@@ -99,6 +101,7 @@ class Worker:
         accept_unmasked_sums: Whether its policy accepts sums without secure aggregation.
         secure: What it needs for secure sums; None where the contract has none.
         noise_for: Source of the noise of each release.
+        members_version: Of the list of members that it pinned; 0 where lists have none.
 
     Raises:
         ContractError: Opacus finds that the model cannot be trained privately.
@@ -107,7 +110,7 @@ class Worker:
         PolicyError: The contract's sums are secure and `secure` is missing.
     """
 
-    def __init__(  # noqa: PLR0913  # three of them by name
+    def __init__(  # noqa: PLR0913  # four of them by name
         self,
         merchant: str,
         contract: Contract,
@@ -117,6 +120,7 @@ class Worker:
         accept_unmasked_sums: bool,
         secure: SecureParty | None = None,
         noise_for: NoiseFor = os_noise,
+        members_version: int = 0,
     ) -> None:
         self.merchant = merchant
         self.contract = contract
@@ -125,6 +129,8 @@ class Worker:
         self._secure = secure
         self._noise_for = noise_for
         self._repeatable = noise_for is not os_noise
+        self._members_version = members_version
+        self._plain: tuple[str, SumAnswer] | None = None  # the last answer in a plain sum
         self._plan = plan_of(contract)
         self._charges = self._plan.charges(contract.exposed_contributors)
         self._network = network_of(contract)
@@ -160,8 +166,11 @@ class Worker:
             occasion = whole_run(message.run, message.contract)
             self.ledger.check_affordable(occasion, self._charges)
         except HansaError as refusal:
-            return Attested(self.merchant, _told(refusal), self._repeatable)
-        return Attested(self.merchant, "", self._repeatable)
+            return self._attested(_told(refusal))
+        return self._attested("")
+
+    def _attested(self, refusal: str) -> Attested:
+        return Attested(self.merchant, refusal, self._repeatable, self._members_version)
 
     @property
     def _accepts_sums(self) -> bool:
@@ -176,25 +185,34 @@ class Worker:
         """
         self._check_contract(message.contract)
         self._check_sums()
+        secure = self.contract.aggregation.secure
+        known = self._party.advertised(message) if secure else None
+        if known is not None:
+            return Advertised(self.merchant, *known)
         head = self.ledger.reserve(
             whole_run(message.run, message.contract),
             self._charges,
             self._plan.last(self.contract.training.rounds),
             message.countersigned,
         )
-        if not self.contract.aggregation.secure:
-            return Advertised(self.merchant, b"", head.to_bytes())
-        return Advertised(self.merchant, self._party.advertise(message, head.link), head.to_bytes())
+        sent = head.to_bytes()
+        advert = self._party.advertise(message, head.link, sent) if secure else b""
+        return Advertised(self.merchant, advert, sent)
 
     def share(self, message: Share) -> Shared:
         """Join a session; raises `SecureSumError` where its roster is not to be trusted."""
         self._check_contract(message.contract)
         party = self._party
         self.ledger.accept(message.countersigned)  # if it is refused, the session stays as it is
-        escrow, roster = party.share(message)
+        escrow, roster, again = party.share(message)
         try:
             head = self.ledger.join(
-                message.run, message.session, roster, len(message.roster), message.countersigned
+                message.run,
+                message.session,
+                roster,
+                len(message.roster),
+                message.countersigned,
+                again=again,
             )
         except ReplayRefusal as refusal:
             raise SecureSumError(f"field 'roster': {refusal}") from None
@@ -209,8 +227,8 @@ class Worker:
         shares, label, survivors = self._party.reveal(message)
         self.ledger.note_sum(label.run, label.stage, label.round, label.attempt, survivors)
         if (label.stage, label.round) == self._plan.last(self.contract.training.rounds):
-            self._party.forget()
             self.ledger.settle(label.run)
+            self._party.forget()
         return Revealed(self.merchant, shares)
 
     @property
@@ -226,8 +244,10 @@ class Worker:
             SecureSumError: What the request brings for a secure sum is not right; nothing is
                 charged.
         """
+        known = self._answered(request)
+        if known is not None:
+            return known
         secure = self.contract.aggregation.secure
-        dtype = np.uint32 if self.contract.aggregation.ring_bits == 32 else np.uint64
         try:
             release = self._checked(request)
             prepared = self._party.prepare(request) if secure else None
@@ -247,7 +267,7 @@ class Worker:
         except SecureSumError:
             raise
         except (WireError, LedgerError) as refusal:
-            return SumAnswer(self.merchant, _told(refusal), b"", b"", np.zeros(0, dtype=dtype))
+            return self._refusal(refusal)
         noise = self._noise_for(request.stage, request.round, request.attempt)
         if request.stage == UPDATE and self.contract.training.mode == "local":
             multiples = self._local_update(release, request, noise)
@@ -255,9 +275,29 @@ class Worker:
             multiples = self._noisy(release, self._exact(release, request), noise)
         vector = lattice_of(release, self.contract).to_ring(multiples)
         if prepared is None:
-            return SumAnswer(self.merchant, "", b"", head, vector)
-        masked, escrow = self._party.mask(request.session, prepared, vector)
-        return SumAnswer(self.merchant, "", escrow, head, masked)
+            answer = SumAnswer(self.merchant, "", False, b"", head, vector)
+            self._plain = fingerprint(request), answer
+            return answer
+        return self._sent(self._party.mask(request, prepared, vector, head))
+
+    def _answered(self, request: SumRequest) -> SumAnswer | None:
+        """Return what answered this very request before: nothing is computed twice."""
+        if self.contract.aggregation.secure:
+            masked = self._party.masked(request)
+            return None if masked is None else self._sent(masked)
+        if self._plain is not None and self._plain[0] == fingerprint(request):
+            return self._plain[1]
+        return None
+
+    def _sent(self, masked: Masked) -> SumAnswer:
+        return SumAnswer(self.merchant, "", False, masked.escrow, masked.head, masked.vector)
+
+    def _refusal(self, refusal: HansaError) -> SumAnswer:
+        """Return a refusal; it is for good unless only this sum, or the disk, is the matter."""
+        for_good = isinstance(refusal, WireError | BudgetRefusal | WitnessRefusal)
+        dtype: Any = np.uint32 if self.contract.aggregation.ring_bits == 32 else np.uint64
+        nothing = np.zeros(0, dtype=dtype)
+        return SumAnswer(self.merchant, _told(refusal), not for_good, b"", b"", nothing)
 
     def _checked(self, request: SumRequest) -> Release:
         """Return the planned release that a request asks for."""

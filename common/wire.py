@@ -1,5 +1,6 @@
 """Typed, versioned messages <-> Flower records. The only place that knows record keys."""
 
+import hashlib
 import io
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -9,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.errors import WireError
 
-PROTOCOL = 3
+PROTOCOL = 4
 _MAX_TEXT = 1000
 _MAX_BYTES = 2**20  # of one field; the largest, an escrow, has 136 bytes a merchant
 _MAX_PARTS = 1000  # of a list
@@ -36,6 +37,7 @@ class Attested:
     merchant: str
     refusal: str
     repeatable: bool  # its noise is seeded, for a simulation: whoever knows the seed knows it
+    members: int  # version of the list of members that it pinned; 0 where lists have none
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class SumAnswer:
 
     merchant: str
     refusal: str
+    again: bool  # after a refusal: this merchant may be asked for another sum
     escrow: bytes  # for the next step of a session; empty for a plain sum
     head: bytes  # of its ledger, with this release; empty where there is none
     vector: RingVector
@@ -186,6 +189,26 @@ def unpack(kind: type[M], content: RecordDict) -> M:
             _vector(content, dtypes) if dtypes else _READERS[hint](config.get(name), name)
         )
     return kind(**values)
+
+
+def fingerprint(message: WireMessage) -> str:
+    """Return what tells a message from every other one, as 64 hexadecimal digits.
+
+    What the witness countersigned is left out: it changes when the same question is asked again.
+    """
+    digest = hashlib.sha256(type(message).__name__.encode())
+    for name, value in vars(message).items():
+        if name == "countersigned":
+            continue
+        if isinstance(value, np.ndarray):
+            parts = [value.dtype.str.encode(), value.tobytes()]
+        elif isinstance(value, list):
+            parts = list(value)
+        else:
+            parts = [value if isinstance(value, bytes) else repr(value).encode()]
+        for part in (name.encode(), len(parts).to_bytes(4, "big"), *parts):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
 
 
 def _config(content: RecordDict, expected: str) -> dict[str, Any]:

@@ -5,20 +5,32 @@ Run configuration: `contract` (path of the contract file) or `federation` (a fol
 (the coordinator's own folder; default `server` beside the contract). The list of enrolled
 members, `members.toml`, lies beside the contract. Nothing in either can change what a merchant
 spends, or whom it is summed with.
+
+A deployed run has `store` (URL of the run store), `run` (its name) and `wait` (seconds to wait
+for merchants) too: it is checkpointed, and a second process with the same name takes it up.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.contract import Contract, read_contract
-from common.errors import RunError
+from common.errors import HansaError, RunError
 from common.identity import read_members
 from server.archive import Archive, open_archive
-from server.coordinator import Coordinator, Outcome, RoundReport
+from server.circumstances import Circumstances, Stopped
+from server.coordinator import Coordinator
+from server.outcome import Outcome, RoundReport
+
+if TYPE_CHECKING:
+    from server.runs import RunLease
+
+_RESEND_S = 10.0
 
 
 def print_round(report: RoundReport) -> None:
@@ -35,26 +47,98 @@ def publish_outcome(outcome: Outcome, contract: Contract, folder: Path, archive:
     archive.keep_bundle(outcome.run, folder)
 
 
+OnOutcome = Callable[[Outcome, Contract, Path, Archive], None]
+
+
 def create_app(
     on_round: Callable[[RoundReport], None] = print_round,
-    on_outcome: Callable[[Outcome, Contract, Path, Archive], None] = publish_outcome,
+    on_outcome: OnOutcome = publish_outcome,
 ) -> ServerApp:
     """Return a ServerApp that reports each round and hands over the outcome."""
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        contract_path, folder, own = _paths(context)
-        contract = read_contract(contract_path)
-        members = read_members(contract_path.parent / "members.toml")
-        archive = open_archive(own)
-        outcome = Coordinator(grid, contract, on_round, members, archive).run()
-        on_outcome(outcome, contract, folder, archive)
+        places = _places(context)
+        if context.run_config.get("store"):
+            _deployed(grid, context, places, on_round, on_outcome)
+        else:
+            _simulated(grid, places, on_round, on_outcome)
 
     return server_app
 
 
-def _paths(context: Context) -> tuple[Path, Path, Path]:
+class _Places(NamedTuple):
+    contract: Path
+    out: Path
+    own: Path
+
+
+def _simulated(
+    grid: Grid, places: _Places, on_round: Callable[[RoundReport], None], on_outcome: OnOutcome
+) -> None:
+    contract = read_contract(places.contract)
+    members = read_members(places.contract.parent / "members.toml")
+    archive = open_archive(places.own)
+    outcome = Coordinator(grid, contract, on_round, members, archive).run()
+    on_outcome(outcome, contract, places.out, archive)
+
+
+def _deployed(
+    grid: Grid,
+    context: Context,
+    places: _Places,
+    on_round: Callable[[RoundReport], None],
+    on_outcome: OnOutcome,
+) -> None:
+    """Run with checkpoints; how it ends is in the run store, whatever Flower says."""
+    from server.keeping import LeaseKeeper, registered
+
+    contract = read_contract(places.contract)
+    config = context.run_config
+    with _lease(config, contract, context.run_id) as lease:
+        members = read_members(places.contract.parent / "members.toml")
+        archive = open_archive(places.own)
+        circumstances = Circumstances(
+            LeaseKeeper(lease, contract.training.rounds),
+            registered(places.contract.parent),
+            float(config.get("wait", 0)),
+            _RESEND_S,
+        )
+        outcome = Coordinator(grid, contract, on_round, members, archive, circumstances).run()
+        bundle = places.out / outcome.run
+        on_outcome(outcome, contract, bundle, archive)
+        lease.finish(str(bundle))
+
+
+@contextmanager
+def _lease(config: dict[str, Any], contract: Contract, flower_run: int) -> Iterator["RunLease"]:
+    """Give the right to carry on a run; note in the store how it ends.
+
+    Raises:
+        RunError: Another process carries it on.
+    """
+    from server.runs import RunStore
+
+    store, run = RunStore(str(config["store"])), str(config["run"])
+    if any(row.run == run for row in store.rows()):
+        lease = store.resume(run, str(flower_run))
+    else:
+        lease = store.begin(run, contract.sha256, contract.training.rounds, str(flower_run))
+    try:
+        yield lease
+    except Stopped as reason:
+        lease.stop(str(reason))
+        raise
+    except HansaError as reason:
+        lease.fail(str(reason))
+        raise
+    except Exception as error:
+        lease.fail(f"the coordinator failed ({type(error).__name__}: {error})")
+        raise
+
+
+def _places(context: Context) -> _Places:
     """Return the contract, the bundle's folder and the coordinator's own folder."""
     config = context.run_config
     federation, stated = str(config.get("federation", "")), str(config.get("contract", ""))
@@ -63,12 +147,13 @@ def _paths(context: Context) -> tuple[Path, Path, Path]:
             "the run configuration names no contract; give one, for example: "
             "flwr run . --run-config 'federation=\"/path/of/the/federation\"'"
         )
-    contract_path = Path(stated) if stated else Path(federation) / "contract.toml"
+    contract = Path(stated) if stated else Path(federation) / "contract.toml"
     out, own = str(config.get("out", "")), str(config.get("server", ""))
-    beside = contract_path.parent
-    return (
-        contract_path,
-        Path(out) if out else beside / "bundle",
+    beside = contract.parent
+    default = "bundles" if config.get("store") else "bundle"
+    return _Places(
+        contract,
+        Path(out) if out else beside / default,
         Path(own) if own else beside / "server",
     )
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,27 +31,32 @@ COORDINATOR = "coordinator"
 
 
 class RunRecord:
-    """Writes what happens in one run, line by line.
+    """Keeps what happens in one run, line by line; written down when `flush` is called.
+
+    What was not flushed is in `pending`: a checkpoint that holds it lets a later process write
+    the very same lines.
 
     Args:
         folder: Of the run; made here.
+        goes_on: The run was begun by an earlier process.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, goes_on: bool = False) -> None:
         self._folder = folder
+        self.pending: list[str] = []
         try:
-            folder.mkdir(parents=True, mode=0o700)
+            folder.mkdir(parents=True, mode=0o700, exist_ok=goes_on)
         except OSError as error:
             raise ArchiveError(f"{folder}: cannot be made ({error.strerror})") from None
 
     def start(self, run: str, contract: Contract, merchants: list[str], parameters: str) -> None:
-        """Write down a run's contract, and who takes part."""
+        """Note a run's contract, and who takes part."""
         path = self._folder / "contract.toml"
         try:
             path.write_text(contract_toml(contract), encoding="utf-8")
         except OSError as error:
             raise ArchiveError(f"{path}: cannot be written ({error.strerror})") from None
-        self._write(
+        self._note(
             kind="start",
             run=run,
             contract=contract.sha256,
@@ -61,9 +67,13 @@ class RunRecord:
             code=code_sha256(),
         )
 
+    def late(self, merchants: list[str]) -> None:
+        """Note merchants that came when the run was under way."""
+        self._note(kind="late", at=time.time(), merchants=merchants)
+
     def session(self, number: int, context: bytes, adverts: list[bytes]) -> None:
-        """Write down the roster of a session of secure sums."""
-        self._write(
+        """Note the roster of a session of secure sums."""
+        self._note(
             kind="session",
             session=number,
             context=context.hex(),
@@ -71,23 +81,51 @@ class RunRecord:
         )
 
     def sum(self, total: Int[np.ndarray, " P"] | None, **fields: Any) -> None:
-        """Write down a sum that was asked for, and what came of it."""
+        """Note a sum that was asked for, and what came of it."""
         raw = None if total is None else np.ascontiguousarray(total, dtype="<i8").tobytes()
         encoded = None if raw is None else base64.b64encode(raw).decode()
-        self._write(kind="sum", **fields, total=encoded)
+        self._note(kind="sum", **fields, total=encoded)
 
     def end(self, parameters: str) -> None:
-        """Write down the final model."""
-        self._write(kind="end", parameters=parameters)
+        """Note the final model."""
+        self._note(kind="end", parameters=parameters)
 
-    def _write(self, **line: Any) -> None:
+    def _note(self, **line: Any) -> None:
+        self.pending.append(json.dumps(line, sort_keys=True, allow_nan=False))
+
+    def restore(self, lines: Sequence[str]) -> None:
+        """Take up the lines of a checkpoint; those that reached the disk are not written again.
+
+        Raises:
+            ArchiveError: The record cannot be read or mended.
+        """
+        path = self._folder / "run.jsonl"
+        try:
+            written = path.read_text(encoding="ascii") if path.exists() else ""
+            whole = written[: written.rfind("\n") + 1]
+            if whole != written:  # a line that a crash left unfinished was never acted upon
+                os.truncate(path, len(whole))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArchiveError(f"{path}: the run's record cannot be read ({error})") from None
+        there = {*whole.splitlines()}
+        self.pending = [line for line in lines if line not in there]
+
+    def flush(self) -> None:
+        """Write down what was noted; it is on the disk when this returns.
+
+        Raises:
+            ArchiveError: It cannot be written.
+        """
+        if not self.pending:
+            return
         try:
             with (self._folder / "run.jsonl").open("a", encoding="ascii") as file:
-                file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
+                file.write("".join(line + "\n" for line in self.pending))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise ArchiveError(f"{self._folder}: the run cannot be recorded ({error})") from None
+        self.pending = []
 
 
 @dataclass(frozen=True)
@@ -98,9 +136,9 @@ class Archive:
     identity: Identity
     witness: Witness
 
-    def record(self, run: str) -> RunRecord:
-        """Return the record of a new run."""
-        return RunRecord(self.folder / "runs" / run)
+    def record(self, run: str, *, goes_on: bool = False) -> RunRecord:
+        """Return the record of a run, new unless an earlier process began it."""
+        return RunRecord(self.folder / "runs" / run, goes_on=goes_on)
 
     def keep_bundle(self, run: str, bundle: Path) -> None:
         """Keep a copy of what a run published.
@@ -109,7 +147,7 @@ class Archive:
             ArchiveError: It cannot be copied.
         """
         try:
-            shutil.copytree(bundle, self.folder / "runs" / run / "bundle")
+            shutil.copytree(bundle, self.folder / "runs" / run / "bundle", dirs_exist_ok=True)
         except OSError as error:
             raise ArchiveError(f"{bundle}: cannot be kept in the archive ({error})") from None
 

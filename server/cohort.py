@@ -1,6 +1,6 @@
 """The merchants of a run: who takes part, who refused, and what went wrong with whom."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from common.chain import Head
 from common.errors import WireError
 from common.identity import Members
 from common.session import accused
-from server.stages import run_stage
+from server.stages import Patience, run_stage
 from server.witness import Witness
 
 _MOST_REASONS = 5
@@ -23,24 +23,25 @@ class Cohort:
     """Nodes and merchants of one run, reached over a Flower grid."""
 
     grid: Grid
-    timeout_s: float
+    patience: Patience
     witness: Witness
     enrolled: Members
     members: dict[int, str] = field(default_factory=dict)  # node -> merchant
     refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
     failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
     accusers: dict[str, set[str]] = field(default_factory=dict)  # merchant -> who accuses it
+    on_wait: Callable[[], object] = lambda: None  # called every other second of a stage
 
     def ask(self, message_type: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
         """Send each node its message and return the answers; note errors and silence."""
-        result = run_stage(self.grid, message_type, contents, self.timeout_s)
+        result = run_stage(self.grid, message_type, contents, self.patience, self.on_wait)
         for node, reason in result.errors.items():
             self.failures[self.name(node)] = reason
             name = accused(reason)
             if name is not None and name in self.members.values() and name != self.name(node):
                 self.accusers.setdefault(name, set()).add(self.name(node))
         for node in result.silent:
-            self.failures[self.name(node)] = f"no answer within {self.timeout_s:g} s"
+            self.failures[self.name(node)] = f"no answer within {self.patience.timeout_s:g} s"
         return dict(sorted(result.contents.items()))
 
     def countersigned(self, node: int) -> bytes:
@@ -68,6 +69,10 @@ class Cohort:
         self.failures.update(refused)
         accepted = heads.keys() - refused.keys()
         return {node: a for node, a in answers.items() if self.members[node] in accepted}
+
+    def connected(self) -> set[int]:
+        """Return the nodes that can be reached now."""
+        return {*self.grid.get_node_ids()}
 
     def name(self, node: int) -> str:
         """Return the merchant at a node, or the node where it is not known."""

@@ -2,11 +2,15 @@
 
 The coordinator sees noisy sums only (where the contract says `secure = false`, each merchant's
 single noisy vector too). It never asks for, and never receives, an exact figure.
+
+Between two sums everything that another process needs to go on is one checkpoint. What was
+asked after it is asked again, word by word, and answered the same: a run that is taken up ends
+in the same model.
 """
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -14,7 +18,7 @@ from jaxtyping import Float
 
 from common.accounting import epsilon
 from common.contract import Contract
-from common.errors import ArchiveError, RunError, SecureSumError, WireError
+from common.errors import ArchiveError, RunError, SecureSumError
 from common.events import Event, to_document
 from common.fixed_point import Lattice, from_lattice, lattice_sensitivity
 from common.identity import Members
@@ -29,54 +33,20 @@ from common.plan import (
     lattice_of,
     plan_of,
 )
-from common.wire import Attest, Attested, SumRequest, pack, unpack
+from common.wire import SumRequest
+from server import checkpoint
 from server.archive import Archive
+from server.asking import LatticeSum, Run, Sums
+from server.attendance import Attendance
+from server.circumstances import SIMULATED, Circumstances, Stopped
 from server.cohort import Cohort
 from server.optimizers import Optimizer
-from server.sums import Ask, LatticeSum, PlainSums, SecureSums
+from server.outcome import NoisySum, Outcome, RoundReport
+from server.plain_sums import PlainSums
+from server.stages import Patience
+from server.sums import SecureSums
 
-
-@dataclass(frozen=True)
-class NoisySum:
-    """A decoded sum over the merchants that answered."""
-
-    stage: str
-    round: int
-    total: Float[np.ndarray, " P"]
-    stddev: float  # of the noise in each number of `total`
-    merchants: tuple[str, ...]
-    parts: dict[str, Float[np.ndarray, " P"]]  # merchant -> its noisy part; plain sums only
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What can be told about a round while the run goes on."""
-
-    round: int
-    rounds: int
-    cohort: int
-    epsilon: float  # spent so far by a merchant that answered everything
-    evaluation: NoisySum | None
-
-
-@dataclass
-class Outcome:
-    """What the coordinator knows at the end of a run."""
-
-    run: str
-    parameters: Float[np.ndarray, " P"]
-    customers: float  # noisy number of training customers
-    evaluations: list[NoisySum] = field(default_factory=list)
-    profile: NoisySum | None = None
-    cohorts: list[int] = field(default_factory=list)
-    refusals: dict[str, str] = field(default_factory=dict)  # merchant -> reason
-    failures: dict[str, str] = field(default_factory=dict)  # node or merchant -> what happened
-    events: list[tuple[str, Event]] = field(default_factory=list)  # (stage, event) asked for
-    occasions: list[tuple[str, int, int]] = field(default_factory=list)  # stage, round, attempt
-    # merchants in the smallest part that was summed apart, event by event; None: none came of it
-    survivors: list[int | None] = field(default_factory=list)
-    merchants: list[str] = field(default_factory=list)
-    repeatable: bool = False  # a merchant's noise was seeded: not for release
+_NOTHING = ("", 0, 0)
 
 
 class Coordinator:
@@ -88,18 +58,20 @@ class Coordinator:
         on_round: Called after every training round.
         members: Who is enrolled, and pinned this coordinator as witness.
         archive: The coordinator's own folder.
+        circumstances: Of a deployed run.
 
     Raises:
         RunError: The members pinned another witness, or the run cannot be recorded.
     """
 
-    def __init__(
+    def __init__(  # the last for the rare caller
         self,
         grid: Grid,
         contract: Contract,
         on_round: Callable[[RoundReport], None],
         members: Members,
         archive: Archive,
+        circumstances: Circumstances = SIMULATED,
     ) -> None:
         archive.check_pinned(members)
         self._contract = contract
@@ -107,55 +79,191 @@ class Coordinator:
         self._on_round = on_round
         self._plan = plan_of(contract)
         self._per_merchant = 0.0  # noisy training customers of a merchant, from the census
-        self._outcome = Outcome(secrets.token_hex(8), initial_parameters(contract), 0.0)
+        self._keeper, self._wait_s = circumstances.keeper, circumstances.wait_s
+        run = secrets.token_hex(8) if self._keeper is None else self._keeper.run
+        self._outcome = Outcome(run, initial_parameters(contract), 0.0)
+        self._optimizer = Optimizer(contract.training, self._outcome.parameters)
+        self._asking = _NOTHING  # the attempt at a sum that is under way
+        self._done: set[tuple[str, int]] = set()  # sums that came about, or were given up
         self._cohort = Cohort(
             grid,
-            contract.federation.round_timeout_s,
+            Patience(contract.federation.round_timeout_s, circumstances.resend_s),
             archive.witness,
             members,
             refusals=self._outcome.refusals,
             failures=self._outcome.failures,
+            on_wait=self._beat,
         )
-        self._record = archive.record(self._outcome.run)
-        self._ask: Ask = PlainSums(self._cohort, contract, self._outcome.run).ask
-        if contract.aggregation.secure:
-            self._ask = SecureSums(self._cohort, contract, self._outcome.run, self._record).ask
+        self._attendance = Attendance(self._cohort, contract, run, circumstances.enrolled)
+        known = None if self._keeper is None else self._keeper.checkpoint
+        self._record = archive.record(run, goes_on=self._keeper is not None)
+        common = Run(run, contract, self._cohort, self._take_late, self._save)
+        self._sums: Sums = (
+            SecureSums(common, self._record) if contract.aggregation.secure else PlainSums(common)
+        )
+        if known is not None:
+            self._restore(checkpoint.from_bytes(known))
 
     def run(self) -> Outcome:
-        """Carry out the whole contract.
+        """Carry out the whole contract, or what is left of it.
 
         Raises:
             RunError: Too few merchants take part or answer; the message says who and why.
         """
         training, outcome = self._contract.training, self._outcome
-        self._attest()
+        if not outcome.merchants:
+            self._begin()
+        if self._is_due(CENSUS, 0):
+            self._census()
+        evaluated = set(evaluation_rounds(self._contract))
+        for number in range(1, training.rounds + 1):
+            self._round(number, evaluated)
+        outcome.parameters = self._optimizer.published
+        if self._plan.profile is not None and self._is_due(PROFILE, training.rounds):
+            outcome.profile = self._sum_or_nothing(PROFILE, training.rounds, outcome.parameters)
+            self._finish(PROFILE, training.rounds)
+        if self._is_due("end", 0):
+            self._record.end(parameters_sha256(outcome.parameters))
+            self._finish("end", 0)
+        return outcome
+
+    def _is_due(self, stage: str, number: int) -> bool:
+        return (stage, number) not in self._done
+
+    def _finish(self, stage: str, number: int) -> None:
+        self._done.add((stage, number))
+        self._save()
+
+    def _begin(self) -> None:
+        """Find out who takes part."""
+        outcome = self._outcome
+        self._attendance.gather(self._wait_s, self._tell)
+        outcome.repeatable = self._attendance.repeatable
+        outcome.merchants = sorted(self._cohort.members.values())
+        first = parameters_sha256(outcome.parameters)
+        self._record.start(outcome.run, self._contract, outcome.merchants, first)
+        self._save()
+
+    def _take_late(self) -> None:
+        """Take in merchants that came when the run was under way."""
+        came = self._attendance.late()
+        self._outcome.repeatable |= self._attendance.repeatable
+        new = sorted({*came} - {*self._outcome.merchants})
+        if new:
+            self._outcome.merchants = sorted([*self._outcome.merchants, *new])
+            self._record.late(new)
+
+    def _census(self) -> None:
+        outcome = self._outcome
         census = self._sum(CENSUS, 0, outcome.parameters)
         outcome.customers = max(float(census.total[0]), 1.0)
         self._check_room(census)
         self._per_merchant = outcome.customers / len(census.merchants)
-        optimizer = Optimizer(training, outcome.parameters)
-        evaluated = set(evaluation_rounds(self._contract))
-        for number in range(1, training.rounds + 1):
-            update = self._sum(UPDATE, number, optimizer.theta)
-            optimizer.step(self._gradient(update))
-            evaluation = None
-            if number == training.rounds:
-                evaluation = self._sum(EVALUATION, number, optimizer.published)
-            elif number in evaluated:
-                evaluation = self._sum_or_nothing(EVALUATION, number, optimizer.published)
+        self._finish(CENSUS, 0)
+
+    def _round(self, number: int, evaluated: set[int]) -> None:
+        """Carry out what is left of a training round."""
+        outcome, optimizer, rounds = self._outcome, self._optimizer, self._contract.training.rounds
+        update, evaluation = self._is_due(UPDATE, number), None
+        if update:
+            found = self._sum(UPDATE, number, optimizer.theta)
+            optimizer.step(self._gradient(found))
+            outcome.cohorts.append(len(found.merchants))
+            self._finish(UPDATE, number)
+        evaluate = number in {*evaluated, rounds} and self._is_due(EVALUATION, number)
+        if evaluate:
+            ask = self._sum if number == rounds else self._sum_or_nothing
+            evaluation = ask(EVALUATION, number, optimizer.published)
             if evaluation is not None:
                 outcome.evaluations.append(evaluation)
-            outcome.cohorts.append(len(update.merchants))
-            self._on_round(
-                RoundReport(
-                    number, training.rounds, len(update.merchants), self._spent(), evaluation
-                )
+            self._finish(EVALUATION, number)
+        if update or evaluate:
+            cohort = outcome.cohorts[-1]
+            self._on_round(RoundReport(number, rounds, cohort, self._spent(), evaluation))
+
+    def _save(self) -> None:
+        """Keep a checkpoint, then write down what was noted: it may be lost, never foretold."""
+        if self._keeper is not None:
+            outcome = self._outcome
+            self._keeper.save(
+                self._checkpoint(),
+                round=self._optimizer.steps,
+                epsilon=self._spent() if outcome.events else 0.0,
+                cohort=len(self._cohort.members),
             )
-        outcome.parameters = optimizer.published
-        if self._plan.profile is not None:
-            outcome.profile = self._sum_or_nothing(PROFILE, training.rounds, outcome.parameters)
-        self._record.end(parameters_sha256(outcome.parameters))
-        return outcome
+            self._keeper.attendance(self._attendance.states())
+        self._record.flush()
+
+    def _checkpoint(self) -> bytes:
+        optimizer = {name: checkpoint.to_text(one) for name, one in self._optimizer.state.items()}
+        return checkpoint.to_bytes(
+            {
+                "contract": self._sha256,
+                "outcome": self._outcome.document,
+                "per_merchant": self._per_merchant,
+                "steps": self._optimizer.steps,
+                "optimizer": optimizer,
+                "done": sorted([stage, number] for stage, number in self._done),
+                "members": {str(node): name for node, name in self._cohort.members.items()},
+                "asking": list(self._asking),
+                "asked": sorted(self._attendance.asked),
+                "pinned": self._attendance.pinned,
+                "accusers": {name: sorted(by) for name, by in self._cohort.accusers.items()},
+                "sums": self._sums.state,
+                "record": self._record.pending,
+            }
+        )
+
+    def _restore(self, document: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        if document["contract"] != self._sha256:
+            raise RunError(
+                f"run {self._outcome.run} was begun under contract {document['contract'][:16]}…, "
+                f"the federation's is {self._sha256[:16]}… by now; start a new run"
+            )
+        self._outcome.restore(document["outcome"])
+        self._per_merchant = float(document["per_merchant"])
+        arrays = {name: checkpoint.from_text(text) for name, text in document["optimizer"].items()}
+        self._optimizer.restore(int(document["steps"]), arrays)
+        self._done = {(stage, int(number)) for stage, number in document["done"]}
+        enrolled = self._cohort.enrolled.keys
+        self._cohort.members.update(
+            {int(node): name for node, name in document["members"].items() if name in enrolled}
+        )
+        stage, number, attempt = document["asking"]
+        self._asking = (stage, int(number), int(attempt))
+        self._attendance.asked.update(document["asked"])
+        self._attendance.pinned.update(document["pinned"])
+        self._attendance.repeatable = self._outcome.repeatable
+        for name, by in document["accusers"].items():
+            self._cohort.accusers[name] = {*by}
+        try:
+            self._sums.restore(document["sums"])
+        except SecureSumError as error:  # somebody was revoked meanwhile: set up a new session
+            self._cohort.failures["the session of before"] = str(error)
+        self._record.restore(document["record"])
+        self._record.flush()
+
+    def _tell(self, message: str) -> None:
+        """Say what the run waits for.
+
+        Raises:
+            Stopped: It was asked to stop.
+        """
+        if self._keeper is None:
+            return
+        self._keeper.attendance(self._attendance.states())
+        if self._keeper.beat(message):
+            raise Stopped("the run was asked to stop; it can go on from its last checkpoint")
+
+    def _beat(self) -> None:
+        """Say that the run goes on.
+
+        Raises:
+            Stopped: It was asked to stop.
+        """
+        if self._keeper is not None and self._keeper.beat():
+            raise Stopped("the run was asked to stop; it can go on from its last checkpoint")
 
     def _sum_or_nothing(
         self, stage: str, number: int, parameters: Float[np.ndarray, " P"]
@@ -168,7 +276,7 @@ class Coordinator:
         """
         try:
             return self._sum(stage, number, parameters)
-        except ArchiveError:
+        except (ArchiveError, Stopped):
             raise
         except RunError as error:
             self._outcome.failures[f"{stage} of round {number}"] = str(error)
@@ -184,61 +292,14 @@ class Coordinator:
                 "(aggregation.max_customers)"
             )
 
-    def _attest(self) -> None:
-        """Ask every node whether it takes part; keep those that do."""
-        cohort = self._cohort
-        nodes = sorted(cohort.grid.get_node_ids())
-        content = pack(Attest(self._outcome.run, self._sha256))
-        refusals: dict[int, Attested] = {}
-        for node, record in cohort.ask("query.attest", dict.fromkeys(nodes, content)).items():
-            try:
-                answer = unpack(Attested, record)
-            except WireError as error:
-                cohort.failures[f"node {node}"] = str(error)
-                continue
-            if answer.refusal:
-                refusals[node] = answer
-            elif answer.merchant in cohort.members.values():
-                cohort.failures[f"node {node}"] = (
-                    f"a second node called itself '{answer.merchant}'; it was left out"
-                )
-            elif len(cohort.members) == self._contract.max_merchants:
-                cohort.failures[f"node {node}"] = (
-                    f"the contract has room for {self._contract.max_merchants} merchants; it was "
-                    "left out"
-                )
-            else:
-                cohort.members[node] = answer.merchant
-                self._outcome.repeatable |= answer.repeatable
-        self._note_refusals(refusals)
-        needed = self._contract.min_survivors
-        if len(cohort.members) < needed:
-            raise RunError(
-                f"{len(cohort.members)} of {len(nodes)} merchants take part, the contract needs "
-                f"{needed} (aggregation.min_survivors){cohort.reasons()}"
-            )
-        outcome = self._outcome
-        outcome.merchants = sorted(cohort.members.values())
-        first = parameters_sha256(outcome.parameters)
-        self._record.start(outcome.run, self._contract, outcome.merchants, first)
-
-    def _note_refusals(self, refusals: dict[int, Attested]) -> None:
-        """Keep the reasons; a refusal in the name of one that takes part is its node's own."""
-        for node, answer in refusals.items():
-            if answer.merchant in self._cohort.members.values():
-                self._cohort.failures[f"node {node}"] = (
-                    f"refused in the name of '{answer.merchant}', which takes part"
-                )
-            else:
-                self._cohort.refusals[answer.merchant] = answer.refusal
-
     def _sum(self, stage: str, number: int, parameters: Float[np.ndarray, " P"]) -> NoisySum:
         """Ask for one sum; where too few answer, it is asked for anew, with fresh noise."""
         release = self._plan.release_of(stage, number, self._contract.training.rounds)
         if release is None:
             raise RunError(f"the contract knows no stage '{stage}'")
         lattice = lattice_of(release, self._contract)
-        for attempt in range(self._contract.training.spare_rounds + 1):
+        for attempt in range(self._first(stage, number), self._contract.training.spare_rounds + 1):
+            self._beat()
             if len(self._cohort.members) < self._contract.min_survivors:
                 break  # nobody pays for an attempt that cannot succeed
             self._check_affordable(stage, number, release.event)
@@ -257,22 +318,41 @@ class Coordinator:
                 parameters,
             )
             asked = sorted(self._cohort.members.values())
+            again = self._announce(stage, number, attempt)
             try:
-                found = self._ask(request, release.length, lattice)
+                found = self._sums.ask(request, release.length, lattice)
             except SecureSumError as error:
                 self._cohort.failures[f"{stage} of round {number}"] = str(error)
-                continue
+                if not again:
+                    continue
+                found = None  # an earlier process may have asked, and merchants paid
             self._record_sum(request, release.event, asked, found, lattice)
             self._outcome.events.append((stage, release.event))
             self._outcome.occasions.append((stage, number, attempt))
             self._outcome.survivors.append(None if found is None else found.fewest)
+            self._asking = _NOTHING
             if found is not None:
                 return self._decoded(release, number, found, lattice)
+            self._save()
         raise RunError(
             f"{stage} of round {number}: too few merchants answered, the contract needs "
             f"{self._contract.min_survivors} (aggregation.min_survivors)"
             f"{self._cohort.reasons()}"
         )
+
+    def _first(self, stage: str, number: int) -> int:
+        """Return the first attempt at a sum that is not over."""
+        if self._asking[:2] == (stage, number):
+            return self._asking[2]
+        over = [a for s, n, a in self._outcome.occasions if (s, n) == (stage, number)]
+        return max(over, default=-1) + 1
+
+    def _announce(self, stage: str, number: int, attempt: int) -> bool:
+        """Keep what is about to be asked; return whether an earlier process asked it."""
+        again, self._asking = self._asking == (stage, number, attempt), (stage, number, attempt)
+        if self._keeper is not None and not again:
+            self._save()
+        return again
 
     def _record_sum(
         self,

@@ -5,7 +5,7 @@ from typing import Any
 from common import statements
 from common.contract import Contract
 from common.statements import epsilon_text
-from server.coordinator import Outcome
+from server.outcome import Outcome
 
 
 def model_card(outcome: Outcome, contract: Contract, documents: dict[str, dict[str, Any]]) -> str:

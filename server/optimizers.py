@@ -5,6 +5,7 @@ rate 1), FedAvgM (momentum), FedAdam and FedYogi of Reddi et al. 2021, "Adaptive
 optimization", Algorithm 2, with Adam's bias correction.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,6 +61,22 @@ class Optimizer:
         first = self._first / (1.0 - _BETA1**self.steps)
         second = self._second / (1.0 - _BETA2**self.steps)
         return first / (np.sqrt(second) + _TINY)
+
+    @property
+    def state(self) -> dict[str, Float[np.ndarray, " P"]]:
+        """Return what a later process needs to go on, beside the number of steps."""
+        return {
+            "theta": self.theta,
+            "first": self._first,
+            "second": self._second,
+            "average": self._average,
+        }
+
+    def restore(self, steps: int, state: Mapping[str, Float[np.ndarray, " P"]]) -> None:
+        """Go on from what `state` gave after so many steps."""
+        self.steps, self.theta = steps, state["theta"]
+        self._first, self._second = state["first"], state["second"]
+        self._average = state["average"]
 
     @property
     def published(self) -> Float[np.ndarray, " P"]:

@@ -18,9 +18,9 @@ from common.events import Event, merged, to_document
 from common.network import network_of
 from common.plan import plan_of
 from common.scaling import inputs, natural
-from server.coordinator import NoisySum, Outcome
 from server.model_card import model_card
 from server.onnx_model import check_parity, onnx_bytes
+from server.outcome import NoisySum, Outcome
 
 _TOO_FEW = 4.0  # standard deviations below which a noisy count says nothing
 _TOO_VAGUE = 0.5  # standard deviation of a mean on the scale [-1, 1] that is not worth printing

@@ -6,8 +6,9 @@ vector could be unmasked with. See `docs/secure-aggregation.md`.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -105,6 +106,37 @@ class CoordinatorSession:
                 self._trial.exchange(X25519PublicKey.from_public_bytes(key))
             except ValueError:
                 raise SecureSumError("field 'advert': a key that gives no secret") from None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Return the session between two steps, for `restored`; the roster must be fixed."""
+        return {
+            "context": self._context.hex(),
+            "adverts": [advert.to_bytes().hex() for advert in self.roster.adverts],
+            "escrows": {
+                position: escrow.to_bytes().hex() for position, escrow in self._escrows.items()
+            },
+            "next": self._next,
+        }
+
+    @classmethod
+    def restored(
+        cls, state: Mapping[str, Any], members: Members, minimum: int
+    ) -> "CoordinatorSession":
+        """Return a session that goes on where `state` was taken.
+
+        Raises:
+            SecureSumError: The state is not that of a session of these members.
+        """
+        session = cls(bytes.fromhex(state["context"]), members, minimum)
+        for raw in state["adverts"]:
+            advert = Advert.from_bytes(bytes.fromhex(raw))
+            session.take_advert(advert.to_bytes(), advert.merchant)
+        session.close_roster()
+        for position, raw in state["escrows"].items():
+            session.take_escrow(int(position), bytes.fromhex(raw))
+        session._next = int(state["next"])
+        return session
 
     def put_out(self, merchant: str) -> None:
         """Go on without a member that others accuse."""

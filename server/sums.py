@@ -1,20 +1,19 @@
-"""How the coordinator gets one sum over the cohort: plainly, or without seeing its parts.
+"""How the coordinator gets one sum over the cohort without seeing its parts.
 
-Both ways return the same multiples of the lattice step for the same answers.
+Masked or plain, the same answers give the same multiples of the lattice step.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt
+from jaxtyping import UInt
 
 from common.chain import Head
-from common.contract import MAX_COHORT, Contract
+from common.contract import MAX_COHORT
 from common.errors import SecureSumError, WireError
 from common.fixed_point import Lattice
-from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
 from common.session import Advert, occasion_hash, session_context
 from common.wire import (
     Advertise,
@@ -26,87 +25,20 @@ from common.wire import (
     Revealed,
     Share,
     Shared,
-    SumAnswer,
     SumRequest,
     pack,
-    unpack,
 )
 from server.archive import RunRecord
-from server.cohort import Cohort
+from server.asking import (
+    MESSAGE_TYPES,
+    RENEWAL_STEPS,
+    Answer,
+    LatticeSum,
+    Run,
+    answers,
+    usable,
+)
 from server.secure_sum import CoordinatorSession, groups
-
-MESSAGE_TYPES = {
-    CENSUS: "query.census",
-    UPDATE: "train.update",
-    EVALUATION: "evaluate.confusion",
-    PROFILE: "query.profile",
-}
-_RENEWAL_STEPS = 10  # a session that lost members is set up anew after so many steps
-Answer = TypeVar("Answer", Advertised, Shared, SumAnswer, Confirmed, Revealed)
-
-
-@dataclass(frozen=True)
-class LatticeSum:
-    """A sum over the merchants that answered, in multiples of the lattice step."""
-
-    total: Int[np.ndarray, " P"]
-    merchants: tuple[str, ...]
-    fewest: int  # merchants in the smallest part that was summed apart
-    parts: dict[str, Int[np.ndarray, " P"]] = field(default_factory=dict)  # plain sums only
-
-
-Ask = Callable[[SumRequest, int, Lattice], LatticeSum | None]  # (request, length, lattice)
-
-
-class PlainSums:
-    """Asks for vectors and adds them up; the coordinator sees each of them."""
-
-    def __init__(self, cohort: Cohort, contract: Contract, run: str) -> None:
-        self._cohort = cohort
-        self._contract = contract
-        self._run = run
-        self._reserved: set[int] = set()  # nodes whose ledgers were countersigned
-        self._asked = 0
-
-    def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
-        """Return the sum; None where too few merchants answered.
-
-        Raises:
-            SecureSumError: Nobody could be asked; nothing is spent.
-        """
-        if self._asked % _RENEWAL_STEPS == 0 or len(self._ready) < self._contract.min_survivors:
-            self._reserve()
-        if len(self._ready) < self._contract.min_survivors:
-            raise SecureSumError("too few merchants reserved what the run costs; nobody was asked")
-        self._asked += 1
-        contents = {
-            node: pack(replace(request, countersigned=self._cohort.countersigned(node)))
-            for node in self._ready
-        }
-        records = self._cohort.ask(MESSAGE_TYPES[request.stage], contents)
-        vectors = {
-            self._cohort.members[node]: answer.vector
-            for node, answer in _answers(self._cohort, records, length, lattice).items()
-        }
-        if len(vectors) < self._contract.min_survivors:
-            return None
-        parts = {merchant: lattice.from_ring(vector) for merchant, vector in vectors.items()}
-        total = np.sum(list(vectors.values()), axis=0, dtype=lattice.dtype)
-        return LatticeSum(lattice.from_ring(total), tuple(parts), len(parts), parts)
-
-    @property
-    def _ready(self) -> list[int]:
-        """Nodes that take part and may be asked."""
-        return sorted(self._reserved & self._cohort.members.keys())
-
-    def _reserve(self) -> None:
-        """Let merchants that did not yet reserve what the run costs, and see their ledgers."""
-        contents = {
-            node: pack(Advertise(self._run, self._contract.sha256, 0, self._cohort.renewed(node)))
-            for node in sorted(self._cohort.members.keys() - self._reserved)
-        }
-        for node, _ in _usable(self._cohort, "query.advertise", contents, Advertised):
-            self._reserved.add(node)
 
 
 @dataclass
@@ -126,15 +58,45 @@ class _Group:
 class SecureSums:
     """Asks for masked vectors; the coordinator sees their sum over a group, and nothing else."""
 
-    def __init__(self, cohort: Cohort, contract: Contract, run: str, record: RunRecord) -> None:
-        self._cohort = cohort
-        self._contract = contract
-        self._run = run
+    def __init__(self, run: Run, record: RunRecord) -> None:
+        self._cohort = run.cohort
+        self._contract = run.contract
+        self._run = run.name
+        self._look_for_late = run.look_for_late
+        self._on_change = run.on_change
         self._record = record
         self._sessions = 0
         self._groups: list[_Group] = []
-        self._left_over = 0  # merchants that no group has room for
+        self._left_over: set[str] = set()  # merchants that no group has room for
         self._liars: set[str] = set()  # merchants that a third of their group or more accuse
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Return what a later process needs to go on with the next sum."""
+        return {
+            "sessions": self._sessions,
+            "groups": [
+                {"number": g.number, "steps": g.steps, "nodes": g.nodes, **g.session.state}
+                for g in self._groups
+            ],
+            "left_over": sorted(self._left_over),
+            "liars": sorted(self._liars),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        enrolled, minimum = self._cohort.enrolled, self._contract.min_survivors
+        self._sessions = int(state["sessions"])
+        self._groups = [
+            _Group(
+                int(group["number"]),
+                CoordinatorSession.restored(group, enrolled, minimum),
+                [*group["nodes"]],
+                int(group["steps"]),
+            )
+            for group in state["groups"]
+        ]
+        self._left_over, self._liars = {*state["left_over"]}, {*state["liars"]}
 
     def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
         """Return the sum over all groups that could be unmasked; None where there is none.
@@ -142,8 +104,12 @@ class SecureSums:
         Raises:
             SecureSumError: Nobody could be asked; nothing is spent.
         """
+        steps = min((group.steps for group in self._groups), default=0)
+        if steps and steps % RENEWAL_STEPS == 0:
+            self._look_for_late()
         if self._stale():
             self._set_up()
+            self._on_change()
         occasion = occasion_hash(
             request.stage,
             request.round,
@@ -164,13 +130,15 @@ class SecureSums:
         """Tell whether sessions are missing, too small, or without members that came back."""
         if not self._groups:
             return True
-        ready = [len(group.session.ready) for group in self._groups]
-        if any(
-            count < group.session.needed for count, group in zip(ready, self._groups, strict=True)
-        ):
+        if any(len(group.session.ready) < group.session.needed for group in self._groups):
             return True
-        missing = len(self._present()) - sum(ready) - self._left_over
-        return missing > 0 and min(group.steps for group in self._groups) >= _RENEWAL_STEPS
+        ready = {
+            group.session.roster.adverts[position].merchant
+            for group in self._groups
+            for position in group.session.ready
+        }
+        missing = self._present().keys() - ready - self._left_over
+        return bool(missing) and min(group.steps for group in self._groups) >= RENEWAL_STEPS
 
     def _set_up(self) -> None:
         """Set up a session for every group of merchants that are there."""
@@ -182,15 +150,18 @@ class SecureSums:
             group = self._advertised(self._sessions, [nodes[name] for name in names])
             if group is not None:
                 self._groups.append(group)
-        rest = nodes.keys() - {name for names in divided for name in names}
-        self._left_over = len(rest)
-        for name in rest:
+        self._left_over = nodes.keys() - {name for names in divided for name in names}
+        for name in self._left_over:
             self._cohort.failures[name] = "left over when merchants were divided into groups"
 
     def _present(self) -> dict[str, int]:
-        """Return merchant -> node of all that take part and were not found to lie."""
-        members = self._cohort.members.items()
-        return {merchant: node for node, merchant in members if merchant not in self._liars}
+        """Return merchant -> node of all that can be reached and were not found to lie."""
+        connected = self._cohort.connected()
+        return {
+            merchant: node
+            for node, merchant in self._cohort.members.items()
+            if merchant not in self._liars and node in connected
+        }
 
     def _put_out_liars(self, group: _Group) -> None:
         """Go on without a member that a third of its group or more accuse: not all of them lie."""
@@ -265,7 +236,7 @@ class SecureSums:
                 )
             )
         records = self._cohort.ask(MESSAGE_TYPES[request.stage], contents)
-        for node, answer in _answers(self._cohort, records, length, lattice).items():
+        for node, answer in answers(self._cohort, records, length, lattice).items():
             group, position = places[node]
             try:
                 group.session.take_masked(position, answer.vector, answer.escrow)
@@ -392,7 +363,7 @@ class SecureSums:
         take: Callable[[int, Answer], None],
     ) -> None:
         """Ask, and hand over each usable answer; note what is wrong with the others."""
-        for node, answer in _usable(self._cohort, message_type, contents, kind):
+        for node, answer in usable(self._cohort, message_type, contents, kind):
             try:
                 take(node, answer)
             except WireError as error:
@@ -400,53 +371,3 @@ class SecureSums:
 
     def _note(self, group: _Group, error: SecureSumError) -> None:
         self._cohort.failures[f"secure sum {group.number}.{group.steps}"] = str(error)
-
-
-def _usable(
-    cohort: Cohort, message_type: str, contents: dict[int, Record], kind: type[Answer]
-) -> Iterator[tuple[int, Answer]]:
-    """Ask, and yield each usable answer; note what is wrong with the others."""
-    answers: dict[int, Answer] = {}
-    for node, record in cohort.ask(message_type, contents).items():
-        try:
-            answer = unpack(kind, record)
-            _check_name(cohort, node, answer.merchant)
-        except WireError as error:
-            cohort.failures[cohort.name(node)] = str(error)
-            continue
-        answers[node] = answer
-    if kind in {Advertised, Shared}:
-        answers = cohort.witnessed(answers)
-    yield from answers.items()
-
-
-def _answers(
-    cohort: Cohort, records: dict[int, Record], length: int, lattice: Lattice
-) -> dict[int, SumAnswer]:
-    """Return the usable answers by node; go on without merchants that refused."""
-    found = {}
-    for node, record in records.items():
-        try:
-            answer = unpack(SumAnswer, record)
-            _check_name(cohort, node, answer.merchant)
-            if answer.refusal:
-                cohort.dismiss(node, answer.refusal)
-                continue
-            _check_vector(answer.vector, length, lattice)
-        except WireError as error:
-            cohort.failures[cohort.name(node)] = str(error)
-            continue
-        found[node] = answer
-    return cohort.witnessed(found)
-
-
-def _check_name(cohort: Cohort, node: int, merchant: str) -> None:
-    if merchant != cohort.members[node]:
-        raise WireError("field 'merchant': differs from what the node attested")
-
-
-def _check_vector(vector: np.ndarray, length: int, lattice: Lattice) -> None:
-    if vector.shape != (length,) or vector.dtype != lattice.dtype:
-        raise WireError(
-            f"field 'vector': expected {length} numbers of type {lattice.dtype.__name__}"
-        )

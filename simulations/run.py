@@ -26,8 +26,8 @@ from common.identity import write_members
 from common.ledger import read_ledger
 from server.app import create_app as create_server_app
 from server.archive import Archive, open_archive
-from server.coordinator import NoisySum, Outcome, RoundReport
 from server.evidence import coordinator_evidence
+from server.outcome import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
 from simulations.federation import Federation, Member, training_customers
 from simulations.grid import FIRST_NODE, Fault, run_in_process

@@ -26,7 +26,8 @@ from common.wire import (
     unpack,
 )
 from server.archive import open_archive
-from server.coordinator import Coordinator, Outcome
+from server.coordinator import Coordinator
+from server.outcome import Outcome
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
 from simulations.grid import InProcessGrid
@@ -142,7 +143,7 @@ LIES: dict[str, Content] = {
     "nobody's name": with_vector(full(1), merchant=""),
     "no record": lambda _content: RecordDict(),
     "another record": lambda _content: RecordDict({"x": ConfigRecord({"y": 1})}),
-    "another message": lambda _content: pack(Attested(NAMES[LIAR], "", False)),
+    "another message": lambda _content: pack(Attested(NAMES[LIAR], "", False, 0)),
     "another protocol": lambda content: RecordDict(
         {"hansa": ConfigRecord({**content["hansa"], "protocol": 99})}
     ),
@@ -202,7 +203,7 @@ def test_a_lie_in_another_stage_is_left_out_too(
     "lie",
     [
         lambda _content: RecordDict(),
-        lambda content: pack(SumAnswer(NAMES[LIAR], "", b"", b"", full(1))),
+        lambda content: pack(SumAnswer(NAMES[LIAR], "", False, b"", b"", full(1))),
         lambda content: RecordDict({"hansa": ConfigRecord({"type": "Attested"})}),
     ],
 )
@@ -215,7 +216,8 @@ def test_an_attestation_that_is_none_keeps_a_node_out(federation: Federation, li
 
 def test_two_nodes_cannot_share_a_name(federation: Federation) -> None:
     """The second is left out, so that nobody is counted twice."""
-    outcome = run_with(federation, lambda _c: pack(Attested(NAMES[0], "", False)), "query.attest")
+    stolen = Attested(NAMES[0], "", False, 0)
+    outcome = run_with(federation, lambda _c: pack(stolen), "query.attest")
     assert outcome.merchants == [NAMES[0], NAMES[2], NAMES[3]]
     assert "a second node called itself" in outcome.failures["node 3"]
     assert outcome.cohorts == [3]

@@ -36,8 +36,8 @@ from common.identity import Identity
 from common.network import initial_parameters
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, evaluation_rounds, lattice_of, plan_of
 from common.session import Advert, Roster, session_context
-from server.coordinator import NoisySum, Outcome
 from server.optimizers import Optimizer
+from server.outcome import NoisySum, Outcome
 from server.publishing import metrics_document, privacy_document, segments_document
 
 BEGAN = 1_760_000_000.0

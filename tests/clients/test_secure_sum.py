@@ -605,7 +605,7 @@ class TestParty:
         context = session_context("run", number, "contract")
         session = CoordinatorSession(context, parties[0].members, 3)
         for party in parties:
-            advert = party.advertise(Advertise("run", "contract", number, b""), HEAD)
+            advert = party.advertise(Advertise("run", "contract", number, b""), HEAD, b"head")
             session.take_advert(advert, party.identity.merchant)
         roster = session.close_roster()
         for position, party in enumerate(parties):
@@ -634,7 +634,7 @@ class TestParty:
     def test_an_advert_holds_the_ledgers_head(self) -> None:
         """It is signed together with the keys."""
         party = self.parties()[0]
-        raw = party.advertise(Advertise("run", "contract", 1, b""), HEAD)
+        raw = party.advertise(Advertise("run", "contract", 1, b""), HEAD, b"head")
         assert Advert.from_bytes(raw).head == HEAD
 
     def test_another_sessions_number_is_refused(self) -> None:
@@ -658,7 +658,7 @@ class TestParty:
     def test_a_roster_of_another_run_or_contract_is_refused(self, change: dict[str, str]) -> None:
         """Before anything is dealt."""
         party = self.parties()[0]
-        advert = party.advertise(Advertise("run", "contract", 1, b""), HEAD)
+        advert = party.advertise(Advertise("run", "contract", 1, b""), HEAD, b"head")
         message = replace(share_of(1, [advert]), **change)  # type: ignore[arg-type]
         with pytest.raises(SecureSumError, match="of another run or contract"):
             party.share(message)
@@ -671,8 +671,9 @@ class TestParty:
         session.begin(occasion_hash("census", 1, 0, 50.0, np.zeros(2)), 2, np.uint32)
         vectors = vectors_of(4, 2, np.uint32, 5)
         for position, party in enumerate(parties):
-            one = party.prepare(self.request(session, position, "census"))
-            session.take_masked(position, *party.mask(1, one, vectors[position]))
+            request = self.request(session, position, "census")
+            sent = party.mask(request, party.prepare(request), vectors[position], b"head")
+            session.take_masked(position, sent.vector, sent.escrow)
         survivors = session.close_sum()
         for position, party in enumerate(parties):
             session.take_confirmations(position, party.confirm(Confirm(1, 1, survivors)))
@@ -684,8 +685,62 @@ class TestParty:
         expected = np.sum(vectors, axis=0, dtype=np.uint32)
         np.testing.assert_array_equal(session.total(), expected)
         parties[0].forget()
-        with pytest.raises(SecureSumError, match="no session under way"):
-            parties[0].confirm(Confirm(1, 1, survivors))
+        with pytest.raises(SecureSumError, match="step 2 is not under way"):
+            parties[0].confirm(Confirm(1, 2, survivors))
+        with pytest.raises(SecureSumError, match="this session is over"):
+            parties[0].prepare(self.next_request(session, 0))
+        left = parties[0].store.load()
+        assert (left.pairs, left.next_self, left.next_share, left.next_keys) == ({}, b"", b"", b"")
+
+    @staticmethod
+    def next_request(session: CoordinatorSession, position: int) -> SumRequest:
+        """Return a member's request of the step that follows."""
+        session.begin(bytes(32), 2, np.uint32)
+        return replace(TestParty.request(session, position, "update"), step=2)
+
+    @pytest.mark.parametrize("kind", ["memory", "files"])
+    def test_the_same_question_gets_the_same_answer(self, kind: str, tmp_path: Path) -> None:
+        """Byte for byte, at every stage, also when the session's keys were erased."""
+        parties = self.parties(tmp_path if kind == "files" else None)
+        message = Advertise("run", "contract", 1, b"")
+        first = parties[0].advertise(message, HEAD, b"head")
+        assert parties[0].advertised(message) == (first, b"head")
+        assert parties[0].advertised(replace(message, countersigned=b"later")) == (first, b"head")
+        assert parties[0].advertised(replace(message, run="other")) is None
+        session = self.session(parties)
+        assert parties[0].advertised(message) is None  # a roster is there: keys are used once
+        roster = [advert.to_bytes() for advert in session.roster.adverts]
+        escrow, _, again = parties[0].share(share_of(1, roster))
+        assert again
+        assert escrow == session._escrows[0].to_bytes()
+        session.begin(bytes(32), 2, np.uint32)
+        request = self.request(session, 0, "update")
+        for position, party in enumerate(parties):
+            own = self.request(session, position, "update")
+            assert party.masked(own) is None
+            vector = np.full(2, position, dtype=np.uint32)
+            sent = party.mask(own, party.prepare(own), vector, b"head")
+            session.take_masked(position, sent.vector, sent.escrow)
+            kept = party.masked(replace(own, countersigned=b"later"))
+            assert kept is not None
+            assert (kept.vector.tolist(), kept.escrow, kept.head) == (
+                sent.vector.tolist(),
+                sent.escrow,
+                b"head",
+            )
+        assert parties[0].masked(replace(request, parameters=np.ones(2))) is None
+        confirm = Confirm(1, 1, session.close_sum())
+        for position, party in enumerate(parties):
+            session.take_confirmations(position, party.confirm(confirm))
+            assert party.confirm(confirm) == party.confirm(confirm)
+        with pytest.raises(SecureSumError, match="cannot be given"):
+            parties[0].confirm(replace(confirm, survivors=b"\x07"))
+        reveal = Reveal(1, 1, *session.confirmations_for(0))
+        shares = parties[0].reveal(reveal)
+        assert parties[0].reveal(reveal) == shares
+        parties[0].forget()
+        assert parties[0].reveal(reveal) == shares
+        assert parties[0].masked(request) is not None
 
     def test_what_is_refused_is_not_kept(self) -> None:
         """After a refusal the step goes on from where it was."""
@@ -716,10 +771,11 @@ class TestParty:
         session.begin(bytes(32), 2, np.uint32)
         slow = parties[0].prepare(self.request(session, 0, "update"))
         fast = parties[0].prepare(self.request(session, 0, "census"))
-        parties[0].mask(1, fast, np.zeros(2, dtype=np.uint32))
+        fast_request = self.request(session, 0, "census")
+        parties[0].mask(fast_request, fast, np.zeros(2, dtype=np.uint32), b"head")
         self.session(parties)
         with pytest.raises(SecureSumError, match="another session was set up meanwhile"):
-            parties[0].mask(1, slow, np.zeros(2, dtype=np.uint32))
+            parties[0].mask(fast_request, slow, np.zeros(2, dtype=np.uint32), b"head")
 
 
 def test_what_holds_secrets_has_no_text() -> None:

@@ -73,12 +73,12 @@ REQUEST = SumRequest(
     "run", "c" * 64, "update", 3, 1, 40.5, 2, 5, b"\x07", b"box", b"seen", PARAMETERS
 )
 PLAIN = SumRequest("run", "c" * 64, "update", 3, 1, 40.5, 0, 0, b"", b"", b"seen", PARAMETERS)
-ANSWER = SumAnswer("shop", "", b"escrow", b"head", np.array([1, 2, 3], dtype=np.uint32))
-WIDE = SumAnswer("shop", "", b"", b"head", np.array([1, 2, 2**64 - 1], dtype=np.uint64))
+ANSWER = SumAnswer("shop", "", False, b"escrow", b"head", np.array([1, 2, 3], dtype=np.uint32))
+WIDE = SumAnswer("shop", "", False, b"", b"head", np.array([1, 2, 2**64 - 1], dtype=np.uint64))
 SHARE = Share("r", "c", 1, b"seen", [b"one", b"two"])
 ONE_OF_EACH = [
     Attest("r", "c"),
-    Attested("m", "", False),
+    Attested("m", "", False, 3),
     Advertise("r", "c", 1, b"seen"),
     Advertised("m", b"keys", b"head"),
     SHARE,

@@ -8,7 +8,7 @@ from flwr.app import Message
 
 from common.contract import Contract
 from common.errors import RunError
-from server.coordinator import Outcome
+from server.outcome import Outcome
 from simulations import run as running
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble

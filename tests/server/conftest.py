@@ -14,7 +14,8 @@ from common.budget import Budget
 from common.contract import Contract
 from common.ledger import Ledger
 from server.archive import open_archive
-from server.coordinator import Coordinator, Outcome, RoundReport
+from server.coordinator import Coordinator
+from server.outcome import Outcome, RoundReport
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
 from simulations.grid import Fault, InProcessGrid

@@ -14,7 +14,7 @@ from common.contract import Contract, contract_toml
 from common.errors import ContractError, HansaError, IdentityError, RunError
 from common.identity import Identity, write_identity, write_members
 from common.ledger import Ledger
-from server.app import _paths, create_app
+from server.app import _places, create_app
 from simulations.federation import Federation
 from simulations.grid import run_in_process
 
@@ -46,23 +46,23 @@ class TestPaths:
 
     def test_a_federation_has_everything_inside(self) -> None:
         """All beside each other."""
-        found = _paths(context(federation="/f", contract="", out="", server=""))
+        found = _places(context(federation="/f", contract="", out="", server=""))
         assert found == (Path("/f/contract.toml"), Path("/f/bundle"), Path("/f/server"))
 
     def test_what_is_stated_wins(self) -> None:
         """A contract and folders of one's own."""
-        found = _paths(context(federation="/f", contract="/c/x.toml", out="/o", server="/s"))
+        found = _places(context(federation="/f", contract="/c/x.toml", out="/o", server="/s"))
         assert found == (Path("/c/x.toml"), Path("/o"), Path("/s"))
 
     def test_the_rest_lies_beside_a_contract_that_is_stated(self) -> None:
         """Whatever the federation is."""
-        found = _paths(context(federation="/f", contract="/c/x.toml"))
+        found = _places(context(federation="/f", contract="/c/x.toml"))
         assert found == (Path("/c/x.toml"), Path("/c/bundle"), Path("/c/server"))
 
     def test_naming_nothing_is_an_error_with_an_example(self) -> None:
         """The message shows what to type."""
         with pytest.raises(RunError, match="--run-config"):
-            _paths(context(federation="", out=""))
+            _places(context(federation="", out=""))
 
 
 def test_a_run_prints_a_json_line_a_round_and_publishes(

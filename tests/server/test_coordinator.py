@@ -20,8 +20,9 @@ from common.ledger import Ledger, whole_run
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, lattice_of, plan_of
 from common.wire import Attested, SumAnswer, SumRequest, pack, unpack
 from server.archive import RunRecord, open_archive
-from server.coordinator import Coordinator, Outcome, RoundReport
-from server.sums import MESSAGE_TYPES
+from server.asking import MESSAGE_TYPES
+from server.coordinator import Coordinator
+from server.outcome import Outcome, RoundReport
 from simulations.federation import Federation
 from simulations.grid import InProcessGrid
 from tests.witnessed import charges_of, entries_of
@@ -293,7 +294,7 @@ class TestRefusals:
 
         def tamper(message: Message, number: int, honest: Answer) -> Message:
             if number == 4 and message.metadata.message_type == "query.attest":
-                return Message(pack(Attested(NAMES[0], "no thanks", False)), reply_to=message)
+                return Message(pack(Attested(NAMES[0], "no thanks", False, 0)), reply_to=message)
             return honest(message)
 
         outcome = run_over_grid(federate(contract), tamper=tamper)
@@ -308,7 +309,7 @@ class TestRefusals:
         def tamper(message: Message, number: int, honest: Answer) -> Message:
             if number < 3 and message.metadata.message_type == MESSAGE_TYPES[UPDATE]:
                 nothing = np.zeros(0, dtype=np.uint32)
-                refusal = SumAnswer(NAMES[number], "not today", b"", b"", nothing)
+                refusal = SumAnswer(NAMES[number], "not today", False, b"", b"", nothing)
                 return Message(pack(refusal), reply_to=message)
             return honest(message)
 

@@ -8,8 +8,8 @@ from common import statements
 from common.contract import Contract
 from common.events import GaussianSum
 from common.network import initial_parameters
-from server.coordinator import Outcome
 from server.model_card import model_card
+from server.outcome import Outcome
 
 
 @pytest.fixture

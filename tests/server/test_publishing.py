@@ -21,7 +21,7 @@ from common.events import GaussianSum, from_document
 from common.network import initial_parameters
 from common.plan import plan_of
 from common.session import threshold
-from server.coordinator import NoisySum, Outcome
+from server.outcome import NoisySum, Outcome
 from server.publishing import (
     accuracy_of,
     achieved_epsilon,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from server.stages import StageResult, run_stage
+from server.stages import Patience, StageResult, run_stage
 from simulations.grid import Fault, InProcessGrid
 
 
@@ -24,7 +24,7 @@ def ask(
     """Ask four nodes."""
     grid = grid_type(client, 4, {}, fault)  # type: ignore[arg-type]
     contents = {node: RecordDict() for node in sorted(grid.get_node_ids())}
-    return run_stage(grid, "query.x", contents, timeout_s)
+    return run_stage(grid, "query.x", contents, Patience(timeout_s))
 
 
 def test_every_node_answers_under_its_own_id() -> None:
@@ -44,7 +44,7 @@ def test_every_node_gets_a_message_of_its_own() -> None:
 
     grid = InProcessGrid(repeat, 4, {})  # type: ignore[arg-type]
     contents = {node: RecordDict({"x": ConfigRecord({"secret": 10 * node})}) for node in (2, 4)}
-    result = run_stage(grid, "query.x", contents, 0.05)
+    result = run_stage(grid, "query.x", contents, Patience(0.05))
     told = {node: content["x"]["secret"] for node, content in result.contents.items()}
     assert told == {2: 20, 4: 40}
     assert not result.silent
@@ -131,4 +131,4 @@ def test_a_second_answer_to_one_question_is_not_counted() -> None:
 def test_nobody_to_ask_ends_at_once() -> None:
     """An empty cohort is an empty result."""
     grid = InProcessGrid(echo, 0, {})  # type: ignore[arg-type]
-    assert run_stage(grid, "query.x", {}, 60.0) == StageResult()
+    assert run_stage(grid, "query.x", {}, Patience(60.0)) == StageResult()

@@ -34,8 +34,11 @@ from common.wire import (
     unpack,
 )
 from server.archive import open_archive
+from server.asking import MESSAGE_TYPES, RENEWAL_STEPS, LatticeSum, Run
 from server.cohort import Cohort
-from server.sums import _RENEWAL_STEPS, MESSAGE_TYPES, LatticeSum, PlainSums, SecureSums
+from server.plain_sums import PlainSums
+from server.stages import Patience
+from server.sums import SecureSums
 from simulations.datasets import Dataset
 from simulations.federation import Federation, assemble
 from simulations.grid import FIRST_NODE, InProcessGrid
@@ -87,8 +90,8 @@ class Bench:
         self.vectors = generator.integers(0, most, (self.count, LENGTH), dtype=dtype, endpoint=True)
         grid = InProcessGrid(self.app(), self.count, {}, self.fate)
         nodes = {number + FIRST_NODE: name for number, name in enumerate(names_of(self.count))}
-        self.cohort = Cohort(grid, SILENCE_S, witness(), self.members, nodes)
-        self.sums = SecureSums(self.cohort, self.contract, "run", new_record())
+        self.cohort = Cohort(grid, Patience(SILENCE_S), witness(), self.members, nodes)
+        self.sums = SecureSums(Run("run", self.contract, self.cohort), new_record())
         self.rounds = 0
 
     def fate(self, message: Message) -> str | None:
@@ -127,22 +130,24 @@ class Bench:
     def advertised(self, number: int, message: Advertise) -> Advertised:
         """Show keys and head."""
         head = self.heads[number]
-        advert = self.parties[number].advertise(message, head.link)
+        advert = self.parties[number].advertise(message, head.link, b"")
         return Advertised(self.name(number), advert, head.to_bytes())
 
     def shared(self, number: int, message: Share) -> Shared:
         """Deal the first step's shares."""
-        escrow, _ = self.parties[number].share(message)
+        escrow, *_ = self.parties[number].share(message)
         return Shared(self.name(number), escrow, self.heads[number].to_bytes())
 
     def summed(self, number: int, request: SumRequest) -> SumAnswer:
         """Mask the vector, or refuse."""
         party, head = self.parties[number], self.heads[number].to_bytes()
         if number in self.refusing:
-            return SumAnswer(self.name(number), "no more", b"", b"", self.vectors[number][:0])
+            nothing = self.vectors[number][:0]
+            return SumAnswer(self.name(number), "no more", False, b"", b"", nothing)
         prepared = party.prepare(request)
-        masked, escrow = party.mask(request.session, prepared, self.vectors[number])
-        return SumAnswer(self.name(number), "", escrow, head, masked)
+        sent = party.mask(request, prepared, self.vectors[number], b"")
+        masked, escrow = sent.vector, sent.escrow
+        return SumAnswer(self.name(number), "", False, escrow, head, masked)
 
     def confirmed(self, number: int, message: Confirm) -> Confirmed:
         """Vouch for the survivors."""
@@ -246,7 +251,7 @@ class TestSums:
         bench = Bench(secure, 5, refusing={1})
         bench.check(bench.ask(), [0, 2, 3, 4])
         assert bench.cohort.refusals == {"m01": "no more"}
-        for _ in range(_RENEWAL_STEPS + 2):
+        for _ in range(RENEWAL_STEPS + 2):
             bench.check(bench.ask(), [0, 2, 3, 4])
             assert all(number != 1 for _, number in bench.asked)
 
@@ -316,7 +321,7 @@ class TestSums:
         def tamper(answer: Any, number: int) -> Any:
             if number == 2 and isinstance(answer, Advertised):
                 message = Advertise("run", secure.sha256, 1, b"")
-                return replace(answer, advert=bench.parties[2].advertise(message, bytes(32)))
+                return replace(answer, advert=bench.parties[2].advertise(message, bytes(32), b""))
             return answer
 
         bench = Bench(secure, 5, tamper=tamper)
@@ -361,7 +366,7 @@ class TestAccused:
         assert bench.cohort.accusers == {"m02": {"m00", "m01", "m03", "m04"}}
         assert "'m02' did not confirm" in bench.cohort.failures["m00"]
         assert bench.sums._liars == {"m02"}
-        for _ in range(_RENEWAL_STEPS + 2):
+        for _ in range(RENEWAL_STEPS + 2):
             bench.check(bench.ask(), [0, 1, 3, 4])
             assert not bench.set_up_anew
             assert all(number != 2 for _, number in bench.asked)
@@ -480,7 +485,7 @@ class TestRenewal:
         bench = Bench(secure, 5, lost=lambda kind, n: kind == "query.census" and n == 3)
         bench.check(bench.ask(), [0, 1, 2, 4])
         bench.lost = lambda _kind, _number: False
-        for _ in range(_RENEWAL_STEPS - 1):
+        for _ in range(RENEWAL_STEPS - 1):
             bench.check(bench.ask(), [0, 1, 2, 4])
             assert not bench.set_up_anew
         bench.check(bench.ask(), [0, 1, 2, 3, 4])
@@ -491,7 +496,7 @@ class TestRenewal:
     def test_a_whole_session_is_never_renewed(self, secure: Contract) -> None:
         """Nobody is missing, so nothing is gained."""
         bench = Bench(secure, 5)
-        for number in range(_RENEWAL_STEPS + 3):
+        for number in range(RENEWAL_STEPS + 3):
             bench.ask()
             assert bench.set_up_anew == (number == 0)
 
@@ -513,7 +518,7 @@ class TestRenewal:
         bench.parties[2].store.erase()
         bench.check(bench.ask(), [0, 1, 3, 4])
         assert "no session under way" in bench.cohort.failures["m02"]
-        for _ in range(_RENEWAL_STEPS - 2):
+        for _ in range(RENEWAL_STEPS - 2):
             bench.check(bench.ask(), [0, 1, 3, 4])
         bench.check(bench.ask(), [0, 1, 2, 3, 4])
 
@@ -553,7 +558,7 @@ class TestGroups:
     def test_who_is_left_over_makes_no_session_stale(self, secure: Contract) -> None:
         """There is no room for it in a new one either; who fell out is back all the same."""
         bench = Bench(secure, 5)
-        for number in range(_RENEWAL_STEPS + 3):
+        for number in range(RENEWAL_STEPS + 3):
             found = bench.ask()
             assert found is not None
             assert list(found.merchants) == names_of(4)
@@ -594,10 +599,13 @@ class TestBothWays:
         grid = InProcessGrid(app, len(members), {})
         nodes = {number + FIRST_NODE: one.merchant for number, one in enumerate(members)}
         archive, plan = open_archive(federation.server), plan_of(contract)
-        cohort = Cohort(grid, SILENCE_S, archive.witness, federation.enrolled, nodes)
-        ask = PlainSums(cohort, contract, "run").ask
+        cohort = Cohort(
+            grid, Patience(SILENCE_S), archive.witness, federation.enrolled, nodes
+        )
+        run = Run("run", contract, cohort)
+        ask = PlainSums(run).ask
         if contract.aggregation.secure:
-            ask = SecureSums(cohort, contract, "run", archive.record("run")).ask
+            ask = SecureSums(run, archive.record("run")).ask
         found = []
         for stage, number, release in (
             (CENSUS, 0, plan.census),
