@@ -7,13 +7,17 @@ to everything before it, the signature of the last entry vouches for all of them
 an earlier link can check with the bodies' hashes alone that a later head extends it; that is
 how a witness follows a ledger whose entries it never reads.
 
-A witness countersigns (public key, number, link, time). Docs: docs/evidence.md.
+A witness countersigns (public key, number, link, time).
+
+A merchant that changes its key hands its ledger over with an entry `rekey`: signed with the old
+key, it names the new one and holds that one's signature over the head before it. So nobody can
+take up somebody else's ledger, or have one forced upon it. Docs: docs/evidence.md.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +29,8 @@ from common.errors import LedgerError, WireError
 from common.masks import joined
 
 NO_LINK = bytes(32)  # before the first entry
+REKEY = "rekey"  # the kind of entry that hands a ledger over
+_REKEY_MARK = b'"kind":"rekey"'  # is in the body of each of them, as `body_bytes` writes it
 _LINK_BYTES, _SIGNATURE_BYTES, _NUMBER_BYTES = 32, 64, 8
 _MOST = 2**63 - 1  # number of an entry; what SQLite can count to
 _NO_COUNTERSIGNATURE = "field 'countersigned': is no countersignature"
@@ -50,6 +56,11 @@ def extended(link: bytes, digests: Sequence[bytes]) -> bytes:
 def signed_head(public: bytes, seq: int, link: bytes) -> bytes:
     """Return what a merchant signs for its entry number `seq`."""
     return joined(b"hansa ledger", public, seq.to_bytes(_NUMBER_BYTES, "big"), link)
+
+
+def rekey_proof(old: bytes, new: bytes, seq: int, link: bytes) -> bytes:
+    """Return what the new key signs to take a ledger over after entry `seq`."""
+    return joined(b"hansa rekey", old, new, seq.to_bytes(_NUMBER_BYTES, "big"), link)
 
 
 def is_signed(public: bytes, message: bytes, signature: bytes) -> bool:
@@ -84,6 +95,51 @@ class Entry:
         if not isinstance(document, dict):
             raise LedgerError(f"entry {self.seq} of the ledger is no JSON object")
         return document
+
+
+def named_key(entry: Entry) -> bytes | None:
+    """Return the key that an entry `open` or `rekey` names; None for every other entry.
+
+    Raises:
+        LedgerError: It names none.
+    """
+    if entry.seq != 1 and _REKEY_MARK not in entry.body:
+        return None
+    document = entry.document
+    if document.get("kind") != ("open" if entry.seq == 1 else REKEY):
+        return None
+    return _from_hex(entry, document.get("key"))
+
+
+def check_rekey(entry: Entry, keys: Sequence[bytes], link: bytes) -> None:
+    """Check an entry `rekey`.
+
+    Args:
+        entry: The entry.
+        keys: That signed the ledger so far, oldest first.
+        link: Before the entry.
+
+    Raises:
+        LedgerError: The last of the keys did not sign it, the new key did not agree, or comes
+            back.
+    """
+    old, new = keys[-1], named_key(entry)
+    where = f"entry {entry.seq}, which hands the ledger over to another key,"
+    if not is_signed(old, signed_head(old, entry.seq, entry.link), entry.signature):
+        raise LedgerError(f"{where} is not signed with the key before")
+    if new is None or new in keys:
+        raise LedgerError(f"{where} names a key that was given up before")
+    proof = _from_hex(entry, entry.document.get("proof"))
+    if not is_signed(new, rekey_proof(old, new, entry.seq - 1, link), proof):
+        raise LedgerError(f"{where} lacks the new key's signature over entry {entry.seq - 1}")
+
+
+def _from_hex(entry: Entry, text: object) -> bytes:
+    with suppress(ValueError):
+        raw = bytes.fromhex(text) if isinstance(text, str) else b""
+        if raw and raw.hex() == text:
+            return raw
+    raise LedgerError(f"entry {entry.seq} of the ledger names no key, or holds no proof of it")
 
 
 @dataclass(frozen=True)
@@ -163,13 +219,23 @@ class Countersignature:
             WireError: The witness did not sign this, it is of another ledger, or is no
                 countersignature.
         """
-        if not is_signed(witness, self.signed(self.body), self.signature):
+        return self.opened_by([witness], [public])
+
+    def opened_by(self, witnesses: Collection[bytes], publics: Collection[bytes]) -> "Seen":
+        """Return the same where witness and merchant had several keys, one after the other.
+
+        Raises:
+            WireError: None of the witness's keys signed this, it is of no ledger of these keys,
+                or is no countersignature.
+        """
+        message = self.signed(self.body)
+        if not any(is_signed(witness, message, self.signature) for witness in witnesses):
             raise WireError("field 'countersigned': is not signed by the pinned witness")
         try:
             document = Entry(0, self.body, b"", b"").document
         except LedgerError:
             raise WireError(_NO_COUNTERSIGNATURE) from None
-        if document.get("key") != public.hex():
+        if document.get("key") not in [public.hex() for public in publics]:
             raise WireError("field 'countersigned': is of another merchant's ledger")
         seq, at = document.get("seq"), document.get("at")
         if type(seq) is int and 0 < seq <= _MOST and isinstance(at, int | float):

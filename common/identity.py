@@ -11,6 +11,7 @@ import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 
 from common.errors import IdentityError, WireError
 from common.masks import expand
+from common.rotation import WITNESS, Rotation, check_rotations, lineage
 
 MERCHANT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _KEY_BYTES = 32
@@ -57,6 +59,18 @@ class Members:
 
     keys: dict[str, bytes]
     witness: bytes = b""  # empty: none is pinned, and nothing can be released
+    rotations: tuple[Rotation, ...] = ()  # how keys of today came after earlier ones
+
+    def keys_of(self, merchant: str) -> tuple[bytes, ...]:
+        """Return all keys that a merchant had, oldest first; none for anybody else."""
+        if merchant not in self.keys:
+            return ()
+        return lineage(self.keys[merchant], merchant, self.rotations)
+
+    @property
+    def witnesses(self) -> tuple[bytes, ...]:
+        """Return all keys that the witness had, oldest first; the last one counts today."""
+        return lineage(self.witness, WITNESS, self.rotations)
 
     def key_of(self, merchant: str) -> bytes:
         """Return an enrolled merchant's public key; raises `WireError` for anybody else."""
@@ -123,11 +137,16 @@ def members_toml(members: Members) -> str:
     """Write the list of members as TOML, sorted, without anybody's comments."""
     import tomli_w
 
-    document: dict[str, dict[str, str]] = {
+    document: dict[str, Any] = {
         "members": {name: key.hex() for name, key in sorted(members.keys.items())}
     }
     if members.witness:
         document["witness"] = {"key": members.witness.hex()}
+    previous = members.witnesses[:-1]
+    if previous:
+        document["witness"]["previous"] = [key.hex() for key in previous]
+    if members.rotations:
+        document["rotations"] = [rotation.document for rotation in members.rotations]
     return tomli_w.dumps(document)
 
 
@@ -146,11 +165,12 @@ def write_members(members: Members, path: Path) -> None:
 def read_members(path: Path) -> Members:
     """Read `members.toml`: tables `members` (id -> public key) and `witness` (its `key`).
 
-    Keys are in hexadecimal.
+    Keys are in hexadecimal. Where keys were rotated, a table of `rotations` holds the signed
+    statements, and `witness.previous` names the keys that the witness had before.
 
     Raises:
         IdentityError: The file is missing, is not TOML, or holds something else, a bad key, or
-            one key twice.
+            one key twice, or what it says of earlier keys is not proven by rotations.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -162,12 +182,13 @@ def read_members(path: Path) -> Members:
     except (OSError, ValueError, RecursionError) as error:
         raise IdentityError(f"{path}: cannot be read as TOML ({error})") from None
     listed, witness = document.get("members"), document.get("witness", {"key": ""})
-    if not {"members"} <= set(document) <= {"members", "witness"} or not isinstance(listed, dict):
+    known = {"members", "witness", "rotations"}
+    if not {"members"} <= set(document) <= known or not isinstance(listed, dict):
         raise IdentityError(
             f'{path}: expected one table [members] of id = "public key" and one [witness] with key'
         )
-    if not isinstance(witness, dict) or set(witness) != {"key"}:
-        raise IdentityError(f"{path}: witness: expected one entry, key")
+    if not isinstance(witness, dict) or not {"key"} <= set(witness) <= {"key", "previous"}:
+        raise IdentityError(f"{path}: witness: expected one entry, key, and maybe previous")
     keys: dict[str, bytes] = {}
     for name, text in listed.items():
         if not re.fullmatch(MERCHANT_ID, name):
@@ -176,7 +197,30 @@ def read_members(path: Path) -> Members:
     witness_key = _public_key(witness["key"], f"{path}: witness.key") if witness["key"] else b""
     if len({*keys.values(), witness_key}) != len(keys) + 1:
         raise IdentityError(f"{path}: two members have the same public key")
-    return Members(keys, witness_key)
+    members = Members(keys, witness_key, _rotations(document.get("rotations", []), path))
+    _check_previous(members, witness.get("previous", []), path)
+    return members
+
+
+def _rotations(listed: object, path: Path) -> tuple[Rotation, ...]:
+    if not isinstance(listed, list):
+        raise IdentityError(f"{path}: rotations: expected a list of tables")
+    try:
+        return tuple(map(Rotation.from_document, listed))
+    except IdentityError as error:
+        raise IdentityError(f"{path}: {error}") from None
+
+
+def _check_previous(members: Members, previous: object, path: Path) -> None:
+    """Check that rotations prove what is said of earlier keys, and contradict nothing."""
+    if previous != [key.hex() for key in members.witnesses[:-1]]:
+        raise IdentityError(
+            f"{path}: witness.previous: the rotations in this file do not prove these keys"
+        )
+    try:
+        check_rotations(members.rotations, {*members.keys.values(), members.witness})
+    except IdentityError as error:
+        raise IdentityError(f"{path}: {error}") from None
 
 
 def _public_key(text: object, where: str) -> bytes:

@@ -1,7 +1,8 @@
 """A merchant's ledger: what was released, charged before it is computed.
 
 One SQLite file a merchant. Its entries are chained by hashes and signed with the merchant's
-identity (`common.chain`); rows are never changed or deleted (triggers refuse it). A run goes
+identity (`common.chain`); rows are never changed or deleted (triggers refuse it). `rekey` hands
+a ledger over to another key of its merchant; nothing that was charged is lost. A run goes
 
     reserve -> countersigned by the witness -> release, release, ... -> settle
 
@@ -31,13 +32,17 @@ from common import statements
 from common.budget import DAY_S, WHOLE_RUN, Account, Budget, Charge, Occasion, RunAccount
 from common.chain import (
     NO_LINK,
+    REKEY,
     Countersignature,
     Entry,
     Head,
     Seen,
     body_bytes,
+    check_rekey,
     is_signed,
     link_after,
+    named_key,
+    rekey_proof,
     signed_head,
 )
 from common.errors import (
@@ -103,10 +108,12 @@ class Ledger:
     Args:
         path: The SQLite file; made when it is not there.
         budget: The caps that no charge may pass.
-        identity: Signs the entries; a ledger has one identity for ever.
+        identity: Signs the entries; the one that the ledger was handed over to last.
         witness: Public key of the witness, pinned; empty where there is none, then nothing can
             be released.
         now: The merchant's clock, seconds since 1970.
+        previous: Public keys that the witness had before, by its own signed rotations. What they
+            countersigned stays good; nothing new of them is accepted.
 
     Raises:
         LedgerError: The file cannot be opened, is no ledger of this merchant, or was changed.
@@ -119,11 +126,14 @@ class Ledger:
         identity: Identity,
         witness: bytes,
         now: Callable[[], float] = time.time,
+        *,
+        previous: Sequence[bytes] = (),
     ) -> None:
         self.path = path
         self.budget = budget
         self._identity = identity
         self._witness = witness
+        self._previous = tuple(previous)
         self._now = now
         self._lock = threading.RLock()  # one thread at a time; SQLite's lock is for processes
         self._connection: sqlite3.Connection | None = None
@@ -158,6 +168,29 @@ class Ledger:
             **_running(),
         }
 
+    def rekey(self, new: Identity) -> None:
+        """Hand the ledger over to another key of the same merchant, for ever.
+
+        All that was charged stays charged. From now on the new key signs; a process that has the
+        old one is refused.
+
+        Raises:
+            LedgerError: It is another merchant's key, it signed this ledger before, or the file
+                cannot be written.
+        """
+        with self._lock:  # until the key is exchanged: no other thread signs with the old one
+            with self._transaction() as connection:
+                old = self._identity
+                if new.merchant != old.merchant or new.public in self._keys:
+                    raise LedgerError(
+                        f"{self.path}: is handed over to a new key of '{old.merchant}' only"
+                    )
+                proof = new.sign(rekey_proof(old.public, new.public, self._seq, self._link))
+                self._append(
+                    connection, {"kind": REKEY, "key": new.public.hex(), "proof": proof.hex()}
+                )
+            self._identity = new
+
     def accept(self, countersigned: bytes) -> None:
         """Keep what the witness countersigned, if it is newer than what is kept.
 
@@ -174,7 +207,7 @@ class Ledger:
         if not countersigned:
             return None
         found = Countersignature.from_bytes(countersigned)
-        seen = found.opened(self._witness, self._identity.public)
+        seen = found.opened_by([self._witness], self._keys)
         self._check_held(connection, seen)
         row = connection.execute(
             "SELECT number, seq, at FROM countersignature ORDER BY number DESC LIMIT 1"
@@ -193,7 +226,9 @@ class Ledger:
         if row is None:
             return None
         try:
-            seen = Countersignature(*row[:2]).opened(self._witness, self._identity.public)
+            seen = Countersignature(*row[:2]).opened_by(
+                [self._witness, *self._previous], self._keys
+            )
         except (WireError, TypeError):
             seen = None
         if seen is None or (seen.seq, seen.at) != row[2:]:
@@ -323,9 +358,24 @@ class Ledger:
             raise BudgetRefusal(f"the run {reason}")
 
     def join(
-        self, run: str, session: int, roster: str, members: int, countersigned: bytes = b""
+        self,
+        run: str,
+        session: int,
+        roster: str,
+        members: int,
+        countersigned: bytes = b"",
+        *,
+        again: bool = False,
     ) -> Head:
         """Write down that a session of secure sums is joined.
+
+        Args:
+            run: The run.
+            session: Number of the session.
+            roster: Hash of its roster.
+            members: In the roster.
+            countersigned: What the witness saw last, if anything.
+            again: The very answer of before is sent again; then it may have been joined.
 
         Raises:
             ReplayRefusal: It was joined before.
@@ -334,6 +384,8 @@ class Ledger:
         with self._transaction() as connection:
             since = self._accept(connection, countersigned)
             self._check_witnessed(connection, run)
+            if again and f"{roster}/0" in self._account.steps:
+                return self._head(since)
             self._check_step(f"{roster}/0")
             self._append(
                 connection,
@@ -494,6 +546,7 @@ class Ledger:
     def _forget(self) -> None:
         self._stored: list[Entry] = []
         self._seq, self._link = 0, NO_LINK
+        self._keys: tuple[bytes, ...] = ()  # that signed, oldest first; the last one signs
         self._account = Account(self.budget)
 
     def _refuse(self, connection: sqlite3.Connection, occasion: Occasion, reason: str) -> None:
@@ -503,6 +556,8 @@ class Ledger:
             )
 
     def _append(self, connection: sqlite3.Connection, entry: dict[str, Any]) -> None:
+        if self._keys and self._keys[-1] != self._identity.public:
+            raise LedgerError(f"{self.path}: was handed over to another key")
         # the salt keeps who sees a head alone from guessing what its entries say
         body = body_bytes({**entry, "at": self._now(), "salt": os.urandom(16).hex()})
         seq, link = self._seq + 1, link_after(self._link, body)
@@ -513,6 +568,7 @@ class Ledger:
     def _take(self, entry: Entry) -> None:
         _fold(self._account, entry, self.path)
         self._stored.append(entry)
+        self._keys = _keys_after(self._keys, entry, self._identity.public)
         self._seq, self._link = entry.seq, entry.link
 
     def _read_new(self, connection: sqlite3.Connection) -> None:
@@ -532,7 +588,7 @@ class Ledger:
         if not rows:
             return
         for entry in checked_entries(
-            rows, self._identity.public, str(self.path), (self._seq, self._link)
+            rows, self._identity.public, str(self.path), (self._seq, self._link), self._keys
         ):
             self._take(entry)
         self._check_latest(connection)
@@ -548,7 +604,10 @@ class Ledger:
         entry = self._stored[-1]
         known = entry.seq if since is None else min(since, entry.seq)
         digests = [hashlib.sha256(later.body).digest() for later in self._stored[known:]]
-        return Head(entry.seq, entry.link, entry.signature, known, tuple(digests))
+        # signed anew: the same bytes, unless the last entry is a `rekey`, which the old key signed
+        message = signed_head(self._identity.public, entry.seq, entry.link)
+        signature = self._identity.sign(message)
+        return Head(entry.seq, entry.link, signature, known, tuple(digests))
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -612,10 +671,19 @@ def checked_entries(
     public: bytes,
     source: str,
     after: tuple[int, bytes] = (0, NO_LINK),
+    keys: tuple[bytes, ...] = (),
 ) -> list[Entry]:
     """Return stored rows as entries, if they continue the chain and their merchant signed it.
 
-    The signature of the last one is checked: its link commits to all before it.
+    The signature of the last one is checked: its link commits to all before it; and that of
+    every entry that hands the ledger over, with the new key's.
+
+    Args:
+        rows: As stored.
+        public: The key of today.
+        source: Starts an error's message.
+        after: Number and link of the entry before.
+        keys: That signed up to there, oldest first.
 
     Raises:
         LedgerError: They do not; names the source.
@@ -623,17 +691,47 @@ def checked_entries(
     entries, (seq, link) = [Entry(*row) for row in rows], after
     for number, entry in enumerate(entries, start=seq + 1):
         bits = isinstance(entry.body, bytes) and isinstance(entry.signature, bytes)
-        link = link_after(link, entry.body) if bits else b""
+        before, link = link, link_after(link, entry.body) if bits else b""
         if entry.seq != number or entry.link != link:
             raise LedgerError(f"{source}: entry {number} was changed, or is missing")
-    if entries and not is_signed(
-        public, signed_head(public, entries[-1].seq, link), entries[-1].signature
-    ):
+        try:
+            if keys and named_key(entry) is not None:
+                check_rekey(entry, keys, before)
+            keys = _keys_after(keys, entry, public)
+        except LedgerError as error:
+            raise LedgerError(f"{source}: {error}") from None
+    if entries:
+        _check_signer(entries[-1], keys, public, source)
+    return entries
+
+
+def _keys_after(keys: tuple[bytes, ...], entry: Entry, public: bytes) -> tuple[bytes, ...]:
+    """Return the keys that signed, and sign, a ledger when this entry is in it."""
+    named = named_key(entry)
+    if named is not None:
+        return (*keys, named)
+    return keys or (public,)
+
+
+def _check_signer(last: Entry, keys: tuple[bytes, ...], public: bytes, source: str) -> None:
+    """Check that the key of today is the ledger's, and that it signed the last entry.
+
+    Raises:
+        LedgerError: It is not, or did not.
+    """
+    if public in keys[:-1]:
         raise LedgerError(
-            f"{source}: entry {entries[-1].seq} is not signed with this merchant's key; the ledger "
+            f"{source}: was handed over from this key to {keys[-1].hex()[:16]}..., which alone "
+            "opens it now; put the new key in its place (a rotation that broke off is finished by "
+            "starting it again)"
+        )
+    signer = keys[-2] if last.seq > 1 and named_key(last) is not None else public
+    head = signed_head(signer, last.seq, last.link)
+    if keys[-1] != public or not is_signed(signer, head, last.signature):
+        raise LedgerError(
+            f"{source}: entry {last.seq} is not signed with this merchant's key; the ledger "
             "was changed, or is another merchant's"
         )
-    return entries
 
 
 @dataclass(frozen=True)
@@ -643,10 +741,16 @@ class StoredLedger:
     account: Account
     entries: list[Entry]
     countersignatures: list[Countersignature]
+    keys: tuple[bytes, ...]  # that signed it, oldest first
 
 
 def read_ledger(path: Path, budget: Budget, public: bytes) -> StoredLedger:
     """Read a ledger without writing to it, and without the merchant's private key.
+
+    Args:
+        path: The SQLite file.
+        budget: The merchant's caps.
+        public: The key of today, which the ledger was handed over to last.
 
     Raises:
         LedgerError: The file cannot be read, was changed, or is another merchant's.
@@ -662,9 +766,11 @@ def read_ledger(path: Path, budget: Budget, public: bytes) -> StoredLedger:
     except _BROKEN as error:
         raise LedgerError(f"{path}: cannot be read as a ledger ({error})") from None
     account = Account(budget)
+    keys: tuple[bytes, ...] = ()
     for entry in entries:
         _fold(account, entry, path)
-    return StoredLedger(account, entries, [Countersignature(*row) for row in seen])
+        keys = _keys_after(keys, entry, public)
+    return StoredLedger(account, entries, [Countersignature(*row) for row in seen], keys)
 
 
 def _fold(account: Account, entry: Entry, path: Path) -> None:
