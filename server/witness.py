@@ -3,6 +3,9 @@
 It reads no entry. From a head it learns how many entries a ledger has and their hashes; a
 ledger that was shortened, put back from a copy or kept twice gives a head that does not extend
 what the witness saw, and its merchant is left out until a person found out why.
+
+A merchant that changes its key goes on with the same ledger: after a rotation that both keys
+signed, the new key's head must extend what was seen of the old one, whose heads are refused.
 """
 
 import sqlite3
@@ -12,9 +15,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.chain import Countersignature, Head, extended
-from common.errors import ArchiveError, WireError
+from common.chain import Countersignature, Head, extended, is_signed
+from common.errors import ArchiveError, IdentityError, WireError
 from common.identity import Identity
+from common.rotation import Rotation
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS head (
@@ -36,7 +40,24 @@ CREATE TRIGGER IF NOT EXISTS head_in_order BEFORE INSERT ON head
     WHEN NEW.number IS NOT (SELECT coalesce(max(number), 0) + 1 FROM head)
         OR EXISTS (SELECT 1 FROM head WHERE key = NEW.key AND seq >= NEW.seq)
     BEGIN SELECT RAISE(ABORT, 'what was witnessed stays'); END;
+CREATE TABLE IF NOT EXISTS rotation (
+    number INTEGER PRIMARY KEY,
+    merchant TEXT NOT NULL,
+    old BLOB NOT NULL UNIQUE,
+    new BLOB NOT NULL UNIQUE,
+    at INTEGER NOT NULL,
+    by_old BLOB NOT NULL,
+    by_new BLOB NOT NULL
+) STRICT;
+CREATE TRIGGER IF NOT EXISTS rotation_no_update BEFORE UPDATE ON rotation
+    BEGIN SELECT RAISE(ABORT, 'what was witnessed stays'); END;
+CREATE TRIGGER IF NOT EXISTS rotation_no_delete BEFORE DELETE ON rotation
+    BEGIN SELECT RAISE(ABORT, 'what was witnessed stays'); END;
+CREATE TRIGGER IF NOT EXISTS head_not_of_old_key BEFORE INSERT ON head
+    WHEN EXISTS (SELECT 1 FROM rotation WHERE old = NEW.key)
+    BEGIN SELECT RAISE(ABORT, 'a key that was given up signs no more'); END;
 """
+_ROTATIONS = "SELECT merchant, old, new, at, by_old, by_new FROM rotation ORDER BY number"
 
 
 class Witness:
@@ -59,6 +80,8 @@ class Witness:
         self._now = now
         self._latest: dict[bytes, tuple[int, bytes, Countersignature]] = {}  # by merchant's key
         self._number = 0  # of the newest row that is in `_latest`
+        self._owners: dict[bytes, str] = {}  # key -> merchant
+        self._before: dict[bytes, bytes] = {}  # key -> the one that it took over from
         with self._transaction() as connection:
             connection.executescript(_SCHEMA)
             self._read_new(connection)
@@ -66,18 +89,87 @@ class Witness:
     def _read_new(self, connection: sqlite3.Connection) -> None:
         """Take in what was witnessed since the last look, by any process."""
         rows = connection.execute(
-            "SELECT number, key, seq, link, body, countersignature FROM head WHERE number > ? "
-            "ORDER BY number",
+            "SELECT number, merchant, key, seq, link, body, countersignature FROM head "
+            "WHERE number > ? ORDER BY number",
             (self._number,),
         )
-        for number, key, seq, link, body, signature in rows.fetchall():
+        for number, merchant, key, seq, link, body, signature in rows.fetchall():
             self._latest[key] = (seq, link, Countersignature(body, signature))
+            self._owners[key] = merchant
             self._number = number
+        self._before = {new: old for _, old, new, *_ in connection.execute(_ROTATIONS)}
 
     @property
     def public(self) -> bytes:
         """Return the key that merchants pin."""
         return self._identity.public
+
+    def rotate(self, rotation: Rotation) -> None:
+        """Let a new key go on where an old one was; once, later calls change nothing.
+
+        Of a merchant: its heads are those of the new key from now on. Of the witness itself: a
+        process that still has the old key countersigns nothing more. To be called before the
+        list of members names the new key.
+
+        Raises:
+            IdentityError: A signature does not fit, the old key was given up before, the new one
+                was seen before, or the ledger is another merchant's.
+            ArchiveError: The file cannot be written.
+        """
+        rotation.check()
+        with self._transaction() as connection:
+            self._read_new(connection)
+            if rotation.old == self._before.get(rotation.new):
+                return
+            if rotation.old in self._before.values():
+                raise IdentityError("this key was given up before, for another new key")
+            if rotation.new in {*self._latest, *self._before, *self._before.values()}:
+                raise IdentityError("the new key was seen before; make a fresh one")
+            if self._owners.get(rotation.old, rotation.merchant) != rotation.merchant:
+                raise IdentityError("the ledger of this key is another merchant's")
+            values = rotation.merchant, rotation.old, rotation.new, rotation.at
+            connection.execute(
+                "INSERT INTO rotation SELECT coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ? "
+                "FROM rotation",
+                (*values, rotation.by_old, rotation.by_new),
+            )
+        with self._transaction() as connection:
+            self._read_new(connection)
+
+    def rotations(self) -> tuple[Rotation, ...]:
+        """Return all rotations that were taken in, oldest first."""
+        with self._transaction() as connection:
+            return tuple(Rotation(*row) for row in connection.execute(_ROTATIONS).fetchall())
+
+    def exchanged(self, keys: Mapping[str, bytes]) -> list[str]:
+        """Return the merchants whose ledger was seen under another key, without a rotation.
+
+        Such a merchant would go on with a new ledger, and what it spent would be forgotten.
+
+        Args:
+            keys: Merchant -> its enrolled key of today.
+        """
+        with self._transaction() as connection:
+            self._read_new(connection)
+        lineages = {merchant: self._lineage(key) for merchant, key in keys.items()}
+        return sorted(
+            {
+                merchant
+                for key, merchant in self._owners.items()
+                if merchant in lineages and key not in lineages[merchant]
+            }
+        )
+
+    def _lineage(self, key: bytes) -> list[bytes]:
+        """Return a key and those before it, newest first."""
+        found = [key]
+        while found[-1] in self._before:
+            found.append(self._before[found[-1]])
+        return found
+
+    def _seen(self, key: bytes) -> tuple[int, bytes, Countersignature] | None:
+        """Return what was seen last of a key's ledger, by that key or by one before it."""
+        return next((self._latest[k] for k in self._lineage(key) if k in self._latest), None)
 
     def countersign(self, heads: Mapping[str, tuple[bytes, Head]]) -> dict[str, str]:
         """Remember heads, and countersign those that extend what was seen.
@@ -124,15 +216,15 @@ class Witness:
         """Raise unless a head is signed by its merchant and extends what was seen last."""
         if not head.is_of(key):
             raise WireError("field 'head': is not signed with this merchant's key")
-        if key not in self._latest:
+        if key in self._before.values():
+            raise WireError("field 'head': is signed with a key that the merchant gave up")
+        seen = self._seen(key)
+        if seen is None:
             return
-        seq, link, _ = self._latest[key]
+        seq, link, _ = seen
         known = link
         if head.since != seq:
-            row = connection.execute(
-                "SELECT link FROM head WHERE key = ? AND seq = ?", (key, head.since)
-            ).fetchone()
-            known = row[0] if row is not None else b""
+            known = self._link(connection, key, head.since)
         extends = (
             head.since <= seq <= head.seq
             and extended(known, head.digests[: seq - head.since]) == link
@@ -144,22 +236,46 @@ class Witness:
                 "witness saw; it was put back from a copy, or is one of two"
             )
 
+    def _link(self, connection: sqlite3.Connection, key: bytes, seq: int) -> bytes:
+        """Return the link of a head that was seen, by a key or by one before it; or nothing."""
+        for one in self._lineage(key):
+            row = connection.execute(
+                "SELECT link FROM head WHERE key = ? AND seq = ?", (one, seq)
+            ).fetchone()
+            if row is not None:
+                return bytes(row[0])
+        return b""
+
     def _signed(self, key: bytes, seq: int, link: bytes) -> Countersignature:
+        if self.public in self._before.values():
+            raise ArchiveError(
+                f"{self._path}: the operator's key was rotated; this process has the old one, "
+                "start it again"
+            )
         body = Countersignature.statement(key, seq, link, self._now())
         return Countersignature(body, self._identity.sign(Countersignature.signed(body)))
 
     def _seq(self, key: bytes) -> int:
-        return self._latest[key][0] if key in self._latest else 0
+        seen = self._seen(key)
+        return 0 if seen is None else seen[0]
 
     def latest(self, key: bytes) -> bytes:
-        """Return the countersignature of the last head of a merchant's ledger, if any was seen."""
-        return self._latest[key][2].to_bytes() if key in self._latest else b""
+        """Return the countersignature of the last head of a merchant's ledger, if any was seen.
+
+        What an earlier key of the witness signed is signed anew, with the time of now.
+        """
+        seen = self._seen(key)
+        if seen is None:
+            return b""
+        held = seen[2]
+        if is_signed(self.public, Countersignature.signed(held.body), held.signature):
+            return held.to_bytes()
+        return self.renewed(key)
 
     def renewed(self, key: bytes) -> bytes:
         """Return the same with the time of now, by which a merchant tells what expired."""
-        if key not in self._latest:
-            return b""
-        return self._signed(key, *self._latest[key][:2]).to_bytes()
+        seen = self._seen(key)
+        return b"" if seen is None else self._signed(key, *seen[:2]).to_bytes()
 
     def log(self) -> list[dict[str, Any]]:
         """Return all that was countersigned, oldest first, as evidence holds it."""
