@@ -29,6 +29,10 @@ ADVICE = {
     "entry-signature": _LEDGER + "Ask the merchant whether its key was lost.",
     "entry-schema": _LEDGER,
     "ledger-foreign": "This ledger is of another merchant. " + _RECEIVED,
+    "rekey-invalid": _LEDGER + "Somebody may have taken up a ledger that is not its own.",
+    "rekey-missing": _LEDGER + "A new ledger forgets what was spent under the key before.",
+    "key-given-up": _STOP + "Whoever has the old key signed with it: it may be stolen. Make new "
+    "keys, and believe nothing that it signed after the rotation.",
     "open-rule": _LEDGER,
     "reserve-twice": _LEDGER,
     "entry-without-reserve": _LEDGER,

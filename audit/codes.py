@@ -22,6 +22,10 @@ CODES: dict[str, Severity] = {
     "entry-signature": "fail",
     "entry-schema": "fail",
     "ledger-foreign": "fail",
+    # keys that were rotated
+    "rekey-invalid": "fail",
+    "rekey-missing": "fail",
+    "key-given-up": "fail",
     # rules of a ledger
     "open-rule": "fail",
     "reserve-twice": "fail",
@@ -79,6 +83,7 @@ CODES: dict[str, Severity] = {
     "bundle-missing": "warning",
     "noise-seeded": "warning",
     # good to know
+    "key-rotated": "note",
     "policy-raised": "note",
     "anchor-unknown": "note",
     "no-evidence-of-merchant": "note",

@@ -10,9 +10,10 @@ from audit.codes import Notebook
 from audit.reading import MerchantFiles
 from audit.rules import Charge, LedgerRun, Occasion, Release
 from audit.runs import RecordedSum, RunRecord, Session, release_of
+from common.chain import is_signed
 from common.contract import Contract
 from common.plan import PROFILE
-from common.session import threshold
+from common.session import Advert, threshold
 
 
 def check_planned(
@@ -215,18 +216,27 @@ def _check_adverts(
     record: RunRecord, merchant: MerchantFiles, run: LedgerRun, where: str, notes: Notebook
 ) -> None:
     """Check that each of a merchant's adverts is bound to its ledger, with the reservation."""
-    links = {entry.link for entry in merchant.entries[run.seq - 1 :]}
+    links = {entry.link: entry.seq for entry in merchant.entries[run.seq - 1 :]}
     for session in record.sessions:
         for advert in session.roster.adverts:
             if advert.merchant == merchant.name:
+                place = f"{where}, session {session.number}"
                 notes.count("adverts held against a ledger")
-                notes.check(
-                    advert.head in links,
-                    "advert-head-unknown",
-                    f"{where}, session {session.number}",
+                told = (
                     "the advert is bound to an entry that the ledger does not hold, or to one "
-                    "before the reservation",
+                    "before the reservation"
                 )
+                if notes.check(advert.head in links, "advert-head-unknown", place, told):
+                    told = "the advert is signed with another key than the ledger had by then"
+                    signers = _signers(merchant, advert, session)
+                    fits = not signers or merchant.key_after(links[advert.head]) in signers
+                    notes.check(fits, "key-given-up", place, told)
+
+
+def _signers(merchant: MerchantFiles, advert: Advert, session: Session) -> list[bytes]:
+    """Return which of a merchant's keys signed an advert."""
+    signed = advert.signed(session.roster.context)
+    return [key for key in merchant.keys if is_signed(key, signed, advert.signature)]
 
 
 def check_known(

@@ -4,11 +4,21 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from audit import fields
 from audit.codes import Flaw
-from common.chain import NO_LINK, Entry, body_bytes, is_signed, link_after, signed_head
+from common.chain import (
+    NO_LINK,
+    REKEY,
+    Entry,
+    body_bytes,
+    is_signed,
+    link_after,
+    rekey_proof,
+    signed_head,
+)
 from common.errors import LedgerError
 
 _EVERY: fields.Fields = {"kind": fields.text, "at": fields.number, "salt": fields.text}
@@ -69,6 +79,7 @@ _KINDS: dict[str, fields.Fields] = {
     "settle": {"run": fields.text},
     "expire": {"run": fields.text},
     "refuse": {**_OCCASION, "contract": fields.text, "reason": fields.text},
+    REKEY: {"key": fields.digest, "proof": fields.text},
 }
 
 
@@ -108,11 +119,51 @@ def _entry(line: int, found: dict[str, Any]) -> Entry:
         raise Flaw(_UNREADABLE, f"line {line}: is no entry of a ledger") from None
 
 
+@dataclass(frozen=True)
+class Reign:
+    """The entries that one key signed."""
+
+    key: bytes  # empty where what names it cannot be read
+    first: int  # number of an entry
+
+    def __str__(self) -> str:
+        """Return the key's first digits."""
+        return self.key.hex()[:16] or "no key"
+
+
+def reigns(entries: Sequence[Entry], public: bytes) -> tuple[Reign, ...]:
+    """Return which key signed from which entry on, as the ledger tells; nothing is checked.
+
+    A ledger that was never handed over has the key of its evidence throughout.
+    """
+    handed_over = [entry for entry in entries if _document(entry).get("kind") == REKEY]
+    if not handed_over:
+        return (Reign(public, 1),)
+    later = (Reign(_key(entry), entry.seq + 1) for entry in handed_over)
+    return (Reign(_key(entries[0]), 1), *later)
+
+
+def _document(entry: Entry) -> dict[str, Any]:
+    """Return what an entry says, or nothing; only of entries that may hand a ledger over."""
+    if entry.seq != 1 and REKEY.encode() not in entry.body:
+        return {}
+    try:
+        return entry.document
+    except LedgerError:
+        return {}
+
+
+def _key(entry: Entry) -> bytes:
+    key = _document(entry).get("key")
+    return bytes.fromhex(key) if isinstance(key, str) and fields.digest(key) else b""
+
+
 def check_chain(entries: Sequence[Entry], public: bytes) -> Break | None:
     """Return the first entry that breaks the chain: number, link, or any single signature.
 
     The signature of the last entry would vouch for all of them. Every one is checked all the
-    same: it tells whether each entry was signed when it was made, as the format says.
+    same: it tells whether each entry was signed when it was made, as the format says, with the
+    key that was the ledger's at that time.
     """
     link = NO_LINK
     for number, entry in enumerate(entries, start=1):
@@ -123,10 +174,40 @@ def check_chain(entries: Sequence[Entry], public: bytes) -> Break | None:
         if entry.link != link:
             message = "its link does not follow from the entries before and its text"
             return Break("chain-broken", number, message)
-    unsigned = first_unsigned(entries, public)
-    if unsigned is None:
-        return None
-    return Break("entry-signature", unsigned, "is not signed with this merchant's key")
+    found = reigns(entries, public)
+    for number, reign in enumerate(found):
+        end = found[number + 1].first - 1 if number + 1 < len(found) else len(entries)
+        unsigned = first_unsigned(entries[reign.first - 1 : end], reign.key)
+        if unsigned is not None:
+            message = "is not signed with the key that was this merchant's at that time"
+            return Break("entry-signature", unsigned, message)
+    return _wrong_rekey(entries, found, public)
+
+
+def _wrong_rekey(entries: Sequence[Entry], found: Sequence[Reign], public: bytes) -> Break | None:
+    """Return the first entry that hands the ledger over to a key that did not agree, or may not."""
+    for number, (before, after) in enumerate(pairwise(found), start=1):
+        entry = entries[after.first - 2]
+        link = entries[entry.seq - 2].link if entry.seq > 1 else NO_LINK
+        message = rekey_proof(before.key, after.key, entry.seq - 1, link)
+        problem = ""
+        if not is_signed(after.key, message, _proof(entry)):
+            problem = "the new key did not sign the entry before: it may be somebody else's"
+        elif after.key in [reign.key for reign in found[:number]]:
+            problem = "the ledger is handed over to a key that was given up before"
+        if problem:
+            return Break("rekey-invalid", entry.seq, problem)
+    if found[-1].key != public:
+        problem = f"the ledger is handed over to {found[-1]}, the evidence is signed by another key"
+        return Break("rekey-invalid", found[-1].first - 1, problem)
+    return None
+
+
+def _proof(entry: Entry) -> bytes:
+    try:
+        return bytes.fromhex(str(_document(entry).get("proof")))
+    except ValueError:
+        return b""
 
 
 def first_unsigned(entries: Sequence[Entry], public: bytes) -> int | None:

@@ -5,11 +5,12 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from audit import fields
 from audit.codes import Flaw, Notebook
-from audit.ledger import check_chain, read_document, read_entries
+from audit.ledger import Reign, check_chain, read_document, read_entries, reigns
 from audit.rules import Book, read_book
 from audit.spending import Policy
 from audit.witness import read_countersignatures, read_witness_log
@@ -32,11 +33,21 @@ class MerchantFiles:
     entries: Sequence[Entry]
     book: Book
     seen: Sequence[Seen]  # what the witness countersigned, as the merchant has it
+    reigns: Sequence[Reign]  # which key signed from which entry on
 
     @property
     def name(self) -> str:
         """Return the merchant's id."""
         return self.evidence.name
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Return the keys of the ledger, oldest first."""
+        return tuple(reign.key for reign in self.reigns)
+
+    def key_after(self, seq: int) -> bytes:
+        """Return the key that was the merchant's when an entry was the last one."""
+        return next(reign.key for reign in reversed(self.reigns) if reign.first <= seq + 1)
 
 
 @dataclass(frozen=True)
@@ -123,20 +134,32 @@ def read_merchant(evidence: Evidence, notes: Notebook) -> MerchantFiles | None:
         documents = [read_document(entry) for entry in entries]
         notes.check(bool(entries), "open-rule", where, "the ledger has no entry at all")
         book = read_book(documents, where, notes)
-        raw = _file(evidence, "witness.jsonl")
-        seen = read_countersignatures(raw, members.witness, evidence.key)
+        found = reigns(entries, evidence.key)
+        keys = [reign.key for reign in found]
+        seen = read_countersignatures(_file(evidence, "witness.jsonl"), members, keys)
     except Flaw as flaw:
         notes.add(flaw.code, where, str(flaw))
         return None
-    _check_owner(evidence, book, notes)
-    return MerchantFiles(evidence, members, policy, entries, book, seen)
+    _check_owner(evidence, book, keys[0], notes)
+    missing = [key.hex()[:16] for key in members.keys_of(evidence.name) if key not in keys]
+    told = f"members.toml tells of a rotation that the ledger does not; it lacks {missing}"
+    notes.check(not missing or not entries, "rekey-missing", where, told)
+    _tell_rotations(members, notes)
+    return MerchantFiles(evidence, members, policy, entries, book, seen, found)
 
 
-def _check_owner(evidence: Evidence, book: Book, notes: Notebook) -> None:
+def _tell_rotations(members: Members, notes: Notebook) -> None:
+    """Say which keys the witness had before; `read_members` checked both signatures of each."""
+    for before, after in pairwise(members.witnesses):
+        told = f"the witness's key {before.hex()[:16]} was rotated to {after.hex()[:16]}"
+        notes.add("key-rotated", COORDINATOR, f"{told}, signed by both keys")
+
+
+def _check_owner(evidence: Evidence, book: Book, first: bytes, notes: Notebook) -> None:
     opening = book.opening
     told = opening.get("merchant"), opening.get("key")
     notes.check(
-        told == (evidence.name, evidence.key.hex()) or opening.get("kind") != "open",
+        told == (evidence.name, first.hex()) or opening.get("kind") != "open",
         "ledger-foreign",
         f"{evidence.name}, entry 1",
         "the ledger was opened by another merchant, or with another key, than the evidence's",
@@ -158,10 +181,11 @@ def read_server(evidence: Evidence, notes: Notebook) -> ServerFiles | None:
         members = _members(evidence)
         _check_enrolled(evidence, members.witness or None, notes)
         raw = _file(evidence, "witness.jsonl")
-        logged = read_witness_log(raw, members.witness, members.keys)
+        logged = read_witness_log(raw, members)
     except Flaw as flaw:
         notes.add(flaw.code, COORDINATOR, str(flaw))
         return None
+    _tell_rotations(members, notes)
     log: dict[str, list[Seen]] = {}
     for one in logged:
         log.setdefault(one.merchant, []).append(one.seen)

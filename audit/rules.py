@@ -300,6 +300,11 @@ def _refuse(fold: _Fold) -> None:
     fold.book.refusals.append((fold.at, document["run"], document["reason"]))
 
 
+def _rekey(fold: _Fold) -> None:
+    told = f"the ledger goes on under the key {fold.document['key'][:16]}, signed by both keys"
+    fold.notes.add("key-rotated", fold.place, told)
+
+
 _FOLDS: dict[str, Callable[[_Fold], None]] = {
     "open": _open,
     "reserve": _reserve,
@@ -309,6 +314,7 @@ _FOLDS: dict[str, Callable[[_Fold], None]] = {
     "settle": _settle,
     "expire": _expire,
     "refuse": _refuse,
+    "rekey": _rekey,
 }
 
 

@@ -43,6 +43,7 @@ from common.chain import Seen
 from common.contract import Contract
 from common.evidence import COORDINATOR, Evidence
 from common.identity import Members
+from common.rotation import WITNESS
 
 
 def verify(paths: Sequence[Path], anchors: Sequence[Anchor] = ()) -> Audit:
@@ -168,21 +169,36 @@ def _check_members(case: _Case) -> None:
     case.notes.count("lists of members", len(pinned))
     if not pinned:
         return
-    lists = [members for _, members in pinned]
+    newer = {(one.merchant, one.old): one.new for _, members in pinned for one in members.rotations}
+    lists = [_of_today(members, newer) for _, members in pinned]
     common = max(lists, key=lists.count)
-    others = sorted({name for name, members in pinned if members != common})
+    named = zip(pinned, lists, strict=True)
+    others = sorted({name for (name, _), members in named if members != common})
     told = f"other members, or another witness, than most pinned: {', '.join(others[:20])}"
     case.notes.check(not others, "members-differ", "members.toml", told)
 
 
+def _of_today(members: Members, newer: Mapping[tuple[str, bytes], bytes]) -> dict[str, bytes]:
+    """Return owner -> key after all rotations that anybody's list proves."""
+    return {
+        owner: _latest(owner, key, newer)
+        for owner, key in [*members.keys.items(), (WITNESS, members.witness)]
+    }
+
+
+def _latest(owner: str, key: bytes, newer: Mapping[tuple[str, bytes], bytes]) -> bytes:
+    for _ in newer:  # lists of liars may go round in circles
+        key = newer.get((owner, key), key)
+    return key
+
+
 def _check_anchors(case: _Case, anchors: Sequence[Anchor]) -> None:
-    known = {merchant.evidence.key for merchant in case.merchants}
+    known = {key for merchant in case.merchants for key in merchant.keys}
     for anchor in anchors:
         told = f"no ledger here has the key of '{anchor}'"
         case.notes.check(anchor.key in known, "anchor-unknown", "anchors", told)
     for merchant in case.merchants:
-        key, entries = merchant.evidence.key, merchant.entries
-        check_anchors(anchors, key, entries, merchant.name, case.notes)
+        check_anchors(anchors, merchant.keys, merchant.entries, merchant.name, case.notes)
 
 
 def _merchant(case: _Case, merchant: MerchantFiles) -> Spending:

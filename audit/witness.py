@@ -5,7 +5,7 @@ the witness forget a head that it countersigned.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from audit.codes import Flaw, Notebook
 from audit.rules import Book
 from common.chain import Countersignature, Entry, Head, Seen
 from common.errors import EvidenceError, LedgerError, WireError
+from common.identity import Members
 
 DAY_S = 86_400.0
 
@@ -75,50 +76,94 @@ def read_anchors(path: Path) -> tuple[Anchor, ...]:
     return tuple(found)
 
 
-def read_countersignatures(raw: bytes, witness: bytes, public: bytes) -> list[Seen]:
+def read_countersignatures(raw: bytes, members: Members, keys: Sequence[bytes]) -> list[Seen]:
     """Read a merchant's `witness.jsonl` and check every signature.
 
+    Args:
+        raw: The file.
+        members: Name the witness, and the keys that it had before.
+        keys: Of the merchant's ledger, oldest first.
+
     Raises:
-        Flaw: A line is no countersignature of this ledger by the pinned witness.
+        Flaw: A line is no countersignature of this ledger by the pinned witness, or is by a key
+            that was given up before.
     """
-    found = []
+    found, places = [], []
     for line, document in fields.objects(raw, _INVALID, "witness.jsonl"):
         if fields.wrong_fields(document, _OWN):
             raise Flaw(_INVALID, f"witness.jsonl, line {line}: is no countersignature")
-        found.append(_opened(document["body"], document["signature"], witness, public, line))
+        signed = document["body"], document["signature"]
+        seen, place = _opened(signed, members.witnesses, keys, line)
+        found.append(seen)
+        places.append(place)
+    _check_in_turn([witness for witness, _ in places], _WITNESS)
     return found
 
 
-def _opened(body: str, signature: str, witness: bytes, public: bytes, line: int) -> Seen:
-    try:
-        countersignature = Countersignature(body.encode(), bytes.fromhex(signature))
-        return countersignature.opened(witness, public)
-    except (WireError, LedgerError, ValueError, OverflowError):
-        raise Flaw(
-            _INVALID,
-            f"witness.jsonl, line {line}: is not signed by the pinned witness, or is of another "
-            "ledger",
-        ) from None
+_WITNESS = "the witness"
 
 
-def read_witness_log(raw: bytes, witness: bytes, members: dict[str, bytes]) -> list[Logged]:
+def _check_in_turn(places: Sequence[int], whose: str) -> None:
+    """Raise a `Flaw` where a key signs after a later one of the same owner did."""
+    for line, (before, after) in enumerate(pairwise(places), start=2):
+        if after < before:
+            told = f"signature {line} is by a key that {whose} had given up before"
+            raise Flaw("key-given-up", f"witness.jsonl: {told}")
+
+
+def _opened(
+    signed: tuple[str, str], witnesses: Sequence[bytes], keys: Sequence[bytes], line: int
+) -> tuple[Seen, tuple[int, int]]:
+    """Return a countersignature, and the places of the witness's and the merchant's key."""
+    for place, (witness, key) in _pairs(witnesses, keys):
+        try:
+            countersignature = Countersignature(signed[0].encode(), bytes.fromhex(signed[1]))
+            return countersignature.opened(witness, key), place
+        except (WireError, LedgerError, ValueError, OverflowError):
+            continue
+    raise Flaw(
+        _INVALID,
+        f"witness.jsonl, line {line}: is not signed by the pinned witness, or is of another ledger",
+    )
+
+
+def _pairs(
+    witnesses: Sequence[bytes], keys: Sequence[bytes]
+) -> Iterator[tuple[tuple[int, int], tuple[bytes, bytes]]]:
+    """Yield pairs of keys with their places, the newest first."""
+    for place, witness in reversed(list(enumerate(witnesses))):
+        for other, key in reversed(list(enumerate(keys))):
+            yield (place, other), (witness, key)
+
+
+def read_witness_log(raw: bytes, members: Members) -> list[Logged]:
     """Read a coordinator's `witness.jsonl` and check both signatures of every head.
 
     Raises:
-        Flaw: A line is not what the format says, or a signature does not fit.
+        Flaw: A line is not what the format says, a signature does not fit, or is by a key that
+            was given up before.
     """
-    found = []
+    found: list[Logged] = []
+    witnesses: list[int] = []
+    places: dict[str, list[int]] = {}
     for line, document in fields.objects(raw, _INVALID, "witness.jsonl"):
-        place = f"witness.jsonl, line {line}"
+        told = f"witness.jsonl, line {line}"
         if fields.wrong_fields(document, _LOGGED):
-            raise Flaw(_INVALID, f"{place}: is no head that was countersigned")
-        key = members.get(document["merchant"])
-        if key is None:
-            raise Flaw(_INVALID, f"{place}: '{document['merchant'][:64]}' is not enrolled")
-        seen = _opened(document["body"], document["countersignature"], witness, key, line)
-        if not _is_head(document, key, seen):
-            raise Flaw(_INVALID, f"{place}: the merchant did not sign the head that it speaks of")
-        found.append(Logged(document["merchant"], seen))
+            raise Flaw(_INVALID, f"{told}: is no head that was countersigned")
+        name = document["merchant"]
+        keys = members.keys_of(name)
+        if not keys:
+            raise Flaw(_INVALID, f"{told}: '{name[:64]}' is not enrolled")
+        signed = document["body"], document["countersignature"]
+        seen, (witness, key) = _opened(signed, members.witnesses, keys, line)
+        if not _is_head(document, keys[key], seen):
+            raise Flaw(_INVALID, f"{told}: the merchant did not sign the head that it speaks of")
+        found.append(Logged(name, seen))
+        witnesses.append(witness)
+        places.setdefault(name, []).append(key)
+    _check_in_turn(witnesses, _WITNESS)
+    for name, of_merchant in places.items():
+        _check_in_turn(of_merchant, f"'{name}'")
     return found
 
 
@@ -215,11 +260,15 @@ def _periods(book: Book, seq: int, last_period: float | None) -> list[float | No
 
 
 def check_anchors(
-    anchors: Sequence[Anchor], key: bytes, entries: Sequence[Entry], where: str, notes: Notebook
+    anchors: Sequence[Anchor],
+    keys: Collection[bytes],
+    entries: Sequence[Entry],
+    where: str,
+    notes: Notebook,
 ) -> None:
-    """Check that a ledger still holds every head that the auditor knows."""
+    """Check that a ledger still holds every head that the auditor knows, of any of its keys."""
     for anchor in anchors:
-        if anchor.key == key:
+        if anchor.key in keys:
             notes.count("heads known from earlier")
             notes.check(
                 holds(entries, anchor),
