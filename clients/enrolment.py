@@ -6,7 +6,7 @@ from clients.merchant import Merchant
 from common.budget import Account, Budget
 from common.errors import IdentityError
 from common.identity import Identity, Members, read_identity, read_members
-from common.ledger import read_ledger
+from common.ledger import Ledger, read_ledger
 
 
 def budget_of(merchant: Merchant) -> Budget:
@@ -46,6 +46,21 @@ def enrolment(merchant: Merchant, folder: Path) -> tuple[Identity, Members]:
             f"{merchant.merchant.key}"
         )
     return identity, members
+
+
+def ledger_of(merchant: Merchant, identity: Identity, members: Members) -> Ledger:
+    """Open a merchant's ledger, with the witness that it pinned and that one's earlier keys.
+
+    Raises:
+        LedgerError: The file cannot be used, or is not of this key.
+    """
+    return Ledger(
+        merchant.ledger.path,
+        budget_of(merchant),
+        identity,
+        members.witness,
+        previous=members.witnesses[:-1],
+    )
 
 
 def spent_by(merchant: Merchant) -> Account:

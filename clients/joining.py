@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.enrolment import budget_of, enrolment, pinned
+from clients.enrolment import enrolment, ledger_of, pinned
 from clients.features import encode
 from clients.merchant import read_merchant
 from clients.secure_party import SecureParty
@@ -12,7 +12,6 @@ from clients.table import CustomerTable, read_table
 from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.contract import Contract, read_contract
 from common.errors import IdentityError
-from common.ledger import Ledger
 
 
 def customers_of(table: CustomerTable, contract: Contract) -> Customers:
@@ -63,7 +62,7 @@ def open_worker(path: Path, *, in_memory: bool = False) -> Opened:
         merchant.merchant.id,
         contract,
         customers_of(table, contract),
-        Ledger(merchant.ledger.path, budget_of(merchant), identity, members.witness),
+        ledger_of(merchant, identity, members),
         accept_unmasked_sums=merchant.policy.accept_unmasked_sums,
         secure=secure,
         noise_for=os_noise if seed is None else seeded_noise(seed, merchant.merchant.id),

@@ -10,6 +10,7 @@ import re
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,48 @@ def read_identity(merchant: str, path: Path) -> Identity:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
         raise IdentityError(f"{path}: is no identity key (expected 64 hexadecimal digits)")
     return Identity(merchant, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(text)))
+
+
+def following_identity(merchant: str, path: Path) -> Identity:
+    """Return the identity that will take the place of the one at `path`, made where there is none.
+
+    It lies beside it until `replace_identity`, so that what breaks off goes on with the same key.
+
+    Raises:
+        IdentityError: It cannot be written or read.
+    """
+    following = path.with_name(f"{path.name}.next")
+    if not following.exists():
+        write_identity(Identity.generate(merchant), following)
+    return read_identity(merchant, following)
+
+
+def replace_identity(path: Path) -> Path:
+    """Put the following identity in the place of the one at `path`; return where that is kept.
+
+    There is a whole key at `path` at every moment.
+
+    Raises:
+        IdentityError: It cannot be written; the key is as it was.
+    """
+    try:
+        kept = next(
+            place
+            for number in count(1)
+            if not (place := path.with_name(f"{path.name}.{number}")).exists()
+            or place.samefile(path)  # of an attempt that broke off here
+        )
+        if not kept.exists():
+            os.link(path, kept)
+        path.with_name(f"{path.name}.next").replace(path)
+        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot be replaced ({error.strerror})") from None
+    return kept
 
 
 def members_toml(members: Members) -> str:

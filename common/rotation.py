@@ -6,12 +6,15 @@ an entry of its own (`common.chain`); the statement tells everybody else: the op
 and witness, the other merchants, and auditors. It lies in `members.toml`.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from common.chain import is_signed
 from common.errors import IdentityError
+from common.files import write_atomically
 from common.masks import joined
 
 if TYPE_CHECKING:
@@ -105,6 +108,34 @@ def sign_rotation(merchant: str, old: "Identity", new: "Identity", at: int) -> R
     rotation = replace(unsigned, by_old=old.sign(message), by_new=new.sign(message))
     rotation.check()
     return rotation
+
+
+def pending_rotation(path: Path) -> Rotation | None:
+    """Return the rotation that was begun and not finished; None where there is none.
+
+    Raises:
+        IdentityError: The file is no statement.
+    """
+    try:
+        return Rotation.from_document(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise IdentityError(f"{path}: cannot be read as a rotation ({error})") from None
+    except IdentityError as error:
+        raise IdentityError(f"{path}: {error}") from None
+
+
+def begin_rotation(path: Path, rotation: Rotation) -> None:
+    """Write a rotation down before anything is changed, so that it can be finished later.
+
+    Raises:
+        IdentityError: It cannot be written.
+    """
+    try:
+        write_atomically(path, json.dumps(rotation.document, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def lineage(key: bytes, merchant: str, rotations: Iterable[Rotation]) -> tuple[bytes, ...]:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import typer
 
-from clients.enrolment import budget_of, enrolment, spent_by
+from clients.enrolment import enrolment, ledger_of, spent_by
 from clients.forecast import Spending, freed_by_settling
 from clients.merchant import read_merchant
 from common.errors import LedgerError
-from common.ledger import Ledger
 from common.statements import epsilon_text
 from simulations.wording import counted
 
@@ -43,7 +42,7 @@ def run(path: Path, name: str, *, yes: bool) -> None:
     )
     if not yes:
         typer.confirm("settle it?", abort=True)
-    ledger = Ledger(merchant.ledger.path, budget_of(merchant), identity, members.witness)
+    ledger = ledger_of(merchant, identity, members)
     try:
         ledger.settle(name)
     finally:
