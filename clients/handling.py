@@ -57,8 +57,19 @@ HANDLERS: Mapping[str, Handler] = {
 }
 
 
-def answered(find_worker: Callable[[], "Worker"], message_type: str, content: Record) -> Record:
+def answered(
+    find_worker: Callable[[], "Worker"],
+    message_type: str,
+    content: Record,
+    on_message: Callable[[Any], None] = lambda _: None,
+) -> Record:
     """Return the answer to a message.
+
+    Args:
+        find_worker: Gives the worker that answers.
+        message_type: Which message it is.
+        content: What it holds.
+        on_message: Called with the typed message before it is answered.
 
     Raises:
         WireError: What is wrong with the message, or a ledger's refusal: both may be told.
@@ -69,7 +80,9 @@ def answered(find_worker: Callable[[], "Worker"], message_type: str, content: Re
         if handler is None:
             raise WireError(f"field 'type': a merchant has no answer to '{message_type[:40]}'")
         worker = find_worker()
-        reply = getattr(worker, handler.method)(unpack(handler.kind, content))
+        message = unpack(handler.kind, content)
+        on_message(message)
+        reply = getattr(worker, handler.method)(message)
     return pack(reply)
 
 

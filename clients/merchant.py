@@ -140,6 +140,31 @@ class LedgerFile(Section):
     path: Path = Field(Path("ledger.sqlite"), description="The SQLite file; never delete it.")
 
 
+class NodeSettings(Section):
+    """How this merchant's processes run, once it takes part in a federation."""
+
+    user: str | None = Field(
+        None,
+        min_length=1,
+        description="User of the operating system that the node, the process that faces the "
+        "network, runs as; only root can start it so. Default: the user that joins.",
+    )
+    poll_s: float = Field(
+        2.0,
+        ge=0.1,
+        le=60,
+        description="Longest pause, in seconds, between two questions whether there is work; "
+        "while a run goes on, pauses are much shorter.",
+    )
+    metrics_port: int | None = Field(
+        None,
+        ge=1024,
+        le=65535,
+        strict=True,
+        description="Port on 127.0.0.1 for Prometheus's metrics. Default: none.",
+    )
+
+
 class Simulation(Section):
     """Settings for simulations, never for a deployment."""
 
@@ -159,6 +184,7 @@ class Merchant(Section):
     columns: Columns = Field(default_factory=Columns)
     policy: Policy
     ledger: LedgerFile = Field(default_factory=LedgerFile)
+    node: NodeSettings = Field(default_factory=NodeSettings)
     simulation: Simulation = Field(default_factory=Simulation)
 
     def located(self, folder: Path) -> "Merchant":

@@ -17,10 +17,15 @@ ALLOWED = {
 LIBRARIES = {
     "flwr": {
         "clients/app.py",
+        "clients/fleet_link.py",
+        "clients/fleet_troubles.py",
+        "clients/flower_records.py",
         "common/wire.py",
         "server/app.py",
         "server/cohort.py",
         "server/coordinator.py",
+        "server/flower_app/hansa_app/client.py",
+        "server/flower_bundle.py",
         "server/flower_control.py",
         "server/stages.py",
         "simulations/grid.py",
@@ -55,6 +60,7 @@ LIBRARIES = {
         "server/witness.py",
     },
     "cryptography": {
+        "clients/fleet_link.py",
         "clients/preparing.py",
         "clients/secure_sum.py",
         "clients/session_store.py",
