@@ -159,16 +159,15 @@ class Registry:
         at = time.time() if now is None else now
         with self._changing() as database:
             state = state_of(database)
-            if is_repeated(database, state, asked):
-                return state
-            check_token(database, asked.secret_sha256, asked.merchant, at)
-            check_keys(database, state, asked)
-            node = register(asked.node, asked.merchant)
-            check_node(state, node)
-            keys = (asked.identity.hex(), asked.node.decode("ascii"))
-            use = (asked.secret_sha256, at, *keys)
-            database.execute("INSERT INTO uses VALUES (?, ?, ?, ?)", use)
-            append(database, (at, "added", asked.merchant, *keys, node, state.version + 1, 0))
+            if not is_repeated(database, state, asked):
+                check_token(database, asked.secret_sha256, asked.merchant, at)
+                check_keys(database, state, asked)
+                node = register(asked.node, asked.merchant)
+                check_node(state, node)
+                keys = (asked.identity.hex(), asked.node.decode("ascii"))
+                use = (asked.secret_sha256, at, *keys)
+                database.execute("INSERT INTO uses VALUES (?, ?, ?, ?)", use)
+                append(database, (at, "added", asked.merchant, *keys, node, state.version + 1, 0))
         self.write_members()
         return self.state()
 

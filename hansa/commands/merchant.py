@@ -10,17 +10,118 @@ if TYPE_CHECKING:
     from common.contract import Contract
 
 app = typer.Typer(
-    help="Check your table, see your budget, plan a run, assign your customers.",
+    help="Enrol and take part; check your table, see your budget, assign your customers.",
     no_args_is_help=True,
 )
 
 FileArgument = Annotated[Path, typer.Argument(help="Your merchant.toml.")]
+FolderArgument = Annotated[Path, typer.Argument(help="Your folder, with merchant.toml.")]
+FoldersArgument = Annotated[
+    list[Path], typer.Argument(metavar="FOLDER...", help="Your folder, with merchant.toml.")
+]
 PictureOption = Annotated[
     Path | None, typer.Option(help="Draw it: a name that ends in .png, .svg or .html.")
 ]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Also write it as JSON; - for the terminal.")
 ]
+
+
+@app.command()
+def init(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Your folder; made where there is none."),
+    ],
+    id: Annotated[
+        str | None, typer.Option("--id", help="Your id; default the folder's name.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Your table, .csv or .parquet.")] = None,
+    epsilon: Annotated[
+        float, typer.Option(help="The most that you spend on a customer's privacy, over all runs.")
+    ] = 1.0,
+    delta: Annotated[
+        float, typer.Option(help="The delta of that cap; well below 1 / customers.")
+    ] = 1e-5,
+) -> None:
+    """Make your keys, which never leave the folder, and a merchant.toml to fill in.
+
+    Keys and a merchant.toml that are there are never overwritten.
+    """
+    from hansa.commands.enrolment import NewMerchant, merchant_init
+
+    merchant_init(NewMerchant(tuple(folders), id, data, epsilon, delta))
+
+
+@app.command()
+def enrol(
+    tokens: Annotated[
+        list[str],
+        typer.Argument(metavar="TOKEN...", help="The operator's token, or a file that holds it."),
+    ],
+    folder: Annotated[
+        Path | None, typer.Option(help="Your folder; default the one called like your id, here.")
+    ] = None,
+    inside: Annotated[
+        Path | None, typer.Option("--in", help="Where the folder called like your id is.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Join a federation with a one-time token; pin its operator, contract and members.
+
+    Compare the fingerprints that it shows with what the operator told you by another way.
+    """
+    from hansa.commands.enrolment import merchant_enrol
+
+    merchant_enrol(tuple(tokens), folder, inside, yes=yes)
+
+
+@app.command()
+def members(
+    folder: FolderArgument,
+    accept: Annotated[bool, typer.Option("--accept", help="Pin the operator's list.")] = False,
+) -> None:
+    """Compare the operator's list of members with the one that you pinned."""
+    from hansa.commands.enrolment import merchant_members
+
+    merchant_members(folder, accept=accept)
+
+
+@app.command()
+def rotate(folder: FolderArgument) -> None:
+    """Replace your node's key, with which your machine logs in at the operator."""
+    from hansa.commands.enrolment import merchant_rotate
+
+    merchant_rotate(folder)
+
+
+@app.command()
+def join(
+    folders: FoldersArgument,
+    background: Annotated[
+        bool, typer.Option("--background", help="Return when it runs; default: stay.")
+    ] = False,
+    accept_members: Annotated[
+        bool,
+        typer.Option("--accept-members", help="Pin the operator's list of members as it is now."),
+    ] = False,
+    rehearsal: Annotated[
+        bool,
+        typer.Option("--rehearsal", help="Accept a seed in merchant.toml: no protection at all."),
+    ] = False,
+) -> None:
+    """Take part in runs from now on, until `leave`."""
+    from hansa.commands import taking_part
+
+    taking_part.join(tuple(folders), background, accept_members, rehearsal)
+
+
+@app.command()
+def leave(folders: FoldersArgument) -> None:
+    """Stop taking part: end what `join --background` started."""
+    from hansa.commands import taking_part
+
+    taking_part.leave(tuple(folders))
 
 
 @app.command()
@@ -99,7 +200,7 @@ def _check_enrolled(merchant: "Merchant", folder: Path, contract: "Contract") ->
     if not members.witness:
         typer.echo(
             "your list of members has no [witness] key: you would release nothing; ask the "
-            "coordinator for it (hansa server init prints it)"
+            "coordinator for it (hansa server init writes it into members.toml)"
         )
         raise typer.Exit(1)
 

@@ -368,14 +368,3 @@ class TestEvidence:
         """Is told by its missing file."""
         with pytest.raises(IdentityError, match=r"members\.toml: there is no list of members"):
             hansa("server", "evidence", tmp_path, "--out", tmp_path / "s.zip")
-
-    def test_init(self, tmp_path: Path) -> None:
-        """Makes a key once, and prints what merchants pin."""
-        text = hansa("server", "init", tmp_path).output
-        key = open_archive(tmp_path / "server").identity.public.hex()
-        assert f'[witness]\nkey = "{key}"' in text
-        assert (tmp_path / "server" / "identity.key").stat().st_mode & 0o077 == 0
-        private = (tmp_path / "server" / "identity.key").read_text().strip()
-        assert private not in text
-        with pytest.raises(IdentityError, match="is not overwritten"):
-            hansa("server", "init", tmp_path)

@@ -298,6 +298,22 @@ class TestTheFile:
         registry.write_members()
         assert set(read_members(tmp_path / "members.toml").keys) == {"a"}
 
+    def test_a_list_that_could_not_be_written(
+        self, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Is told, and written when the merchant asks again."""
+        secret = registry.invite("a", 1, NOW)
+
+        def full(*_arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("server.registry.write_atomically", full)
+            with pytest.raises(ArchiveError, match=r"members\.toml: cannot be written"):
+                registry.enrol(asked("a", secret), node_of, NOW)
+        registry.enrol(asked("a", secret), _no_node, NOW)
+        assert set(read_members(tmp_path / "members.toml").keys) == {"a"}
+
     def test_one_token_in_many_processes(self, registry: Registry, tmp_path: Path) -> None:
         """Makes one member, whoever is first."""
         secret = registry.invite("a", 1, NOW)
