@@ -1,8 +1,9 @@
-"""Keeps the files that collect what the services print from filling the disk.
+"""Keeps logs from filling the disk.
 
-A file that grew past its limit is copied to NAME.log.1 and emptied in place: the process that
-writes to it has it open for appending and goes on at the new end. What it prints between the two
-steps is lost; events that matter are in the structured logs beside them.
+What services print (NAME.log) is copied to NAME.log.1 when it grew too long, and emptied in
+place: the process that writes has it open for appending and goes on at the new end. What it
+prints between the two steps is lost. Structured logs (NAME.jsonl) are moved, and nothing of them
+is lost: their writers notice (`common.logs`).
 """
 
 import logging
@@ -33,6 +34,9 @@ def rotate(path: Path, limit_bytes: int = LIMIT_BYTES, kept: int = KEPT) -> bool
         if older.exists():
             older.replace(path.with_name(f"{path.name}.{number + 1}"))
     aside = path.with_name(f"{path.name}.1")
+    if path.suffix == ".jsonl":
+        path.replace(aside)
+        return True
     try:
         shutil.copyfile(path, aside)
         aside.chmod(0o600)
@@ -42,7 +46,7 @@ def rotate(path: Path, limit_bytes: int = LIMIT_BYTES, kept: int = KEPT) -> bool
 
 
 class LogKeeper:
-    """Rotates the .log files of a folder until it is closed."""
+    """Rotates the logs of a folder until it is closed."""
 
     def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         self._folder = folder
@@ -58,7 +62,7 @@ class LogKeeper:
 
     def _keep(self) -> None:
         while not self._closed.wait(_LOOK_S):
-            for path in self._folder.glob("*.log"):
+            for path in (*self._folder.glob("*.log"), *self._folder.glob("*.jsonl")):
                 try:
                     rotate(path, self._limit_bytes)
                 except OSError as error:

@@ -1,6 +1,7 @@
 """Tests of the operator's processes, the last ones with real ones over TLS on loopback."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,17 @@ class TestLogFiles:
         kept = [(tmp_path / f"superlink.log.{n}").read_text("ascii") for n in (1, 2, 3)]
         assert kept == ["part 4\n", "part 3\n", "part 2\n"]
         assert not (tmp_path / "superlink.log.4").exists()
+
+    def test_nothing_of_a_structured_log_is_lost(self, tmp_path: Path) -> None:
+        """It is moved, and its writer makes a new one."""
+        path = tmp_path / "services.jsonl"
+        handler = WatchedFileHandler(path)
+        for number in (1, 2):
+            handler.emit(logging.LogRecord("x", 20, "", 0, f"line {number}", (), None))
+            assert rotate(path, limit_bytes=3)
+        handler.close()
+        kept = [(tmp_path / f"services.jsonl.{n}").read_text("ascii") for n in (2, 1)]
+        assert kept == ["line 1\n", "line 2\n"]
 
     def test_a_short_or_missing_file_stays(self, tmp_path: Path) -> None:
         """Nothing is done where nothing is too long."""
