@@ -11,6 +11,7 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 _EXPIRED, _NOT_YET = 10, 9  # OpenSSL's X509_V_ERR_*
 _OTHER_NAME = {62, 63, 64}
 _AHEAD_S, _BEHIND_S = 4.0, 240.0  # Flower lets a node's clock be 5 s ahead and 305 s behind
+SET_CLOCK = "for example: timedatectl set-ntp true"
 ONLINE_S = 20.0  # so long after its last sign a node counts as connected: twice its interval
 
 
@@ -52,7 +53,7 @@ def _unreached(error: Exception) -> str:
     """Return why there is no answer that can be used."""
     for found in _chain(error):
         if isinstance(found, ssl.SSLCertVerificationError):
-            return _certificate_reason(found)
+            return certificate_reason(found)
         if isinstance(found, ssl.SSLError):
             return "the server breaks off the TLS handshake: does TLS answer there?"
     if isinstance(error, httpx.TimeoutException):
@@ -65,7 +66,8 @@ def _unreached(error: Exception) -> str:
     return f"the server answers what a Flower server does not ({type(error).__name__})"
 
 
-def _certificate_reason(refusal: ssl.SSLCertVerificationError) -> str:
+def certificate_reason(refusal: ssl.SSLCertVerificationError) -> str:
+    """Return why a certificate was not accepted, and what to do."""
     if refusal.verify_code == _EXPIRED:
         return (
             "the server's certificate has expired (or this machine's clock is fast): the operator "
@@ -89,7 +91,9 @@ def _refused(response: httpx.Response, now: float) -> FleetTrouble:
     """Return what an HTTP status means."""
     status, said = response.status_code, FlowerError.from_json(response.text)
     if status == httpx.codes.UNAUTHORIZED:
-        return FleetTrouble(_unauthorised(clock_offset(response, now)), rejected=True)
+        return FleetTrouble(
+            _unauthorised(clock_offset(response.headers.get("date"), now)), rejected=True
+        )
     if status == httpx.codes.FORBIDDEN:
         return FleetTrouble("the run has ended, or is not for this node", over=True)
     if said is not None and said.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
@@ -107,11 +111,9 @@ def _refused(response: httpx.Response, now: float) -> FleetTrouble:
 
 def _unauthorised(offset: float | None) -> str:
     """Return why a node's signature is refused; `offset` is its clock less the server's."""
-    if offset is not None and not -_BEHIND_S < offset < _AHEAD_S:
-        way = "fast" if offset > 0 else "slow"
+    if offset is not None and is_off(offset):
         return (
-            f"this machine's clock is {_duration(abs(offset))} {way} by the server's: set it "
-            "right (for example: timedatectl set-ntp true)"
+            f"this machine's clock is {off_by(offset)} by the server's: set it right ({SET_CLOCK})"
         )
     return (
         "the server does not know this node's key: it was revoked, or replaced, or its operator "
@@ -119,11 +121,25 @@ def _unauthorised(offset: float | None) -> str:
     )
 
 
-def clock_offset(response: httpx.Response, now: float) -> float | None:
+def is_off(offset: float) -> bool:
+    """Tell whether a clock is so far off that Flower refuses a node's signature."""
+    return not -_BEHIND_S < offset < _AHEAD_S
+
+
+def off_by(offset: float) -> str:
+    """Return how far off a clock is.
+
+    >>> off_by(86_400.0)
+    '24 h fast'
+    """
+    return f"{_duration(abs(offset))} {'fast' if offset > 0 else 'slow'}"
+
+
+def clock_offset(date: str | None, now: float) -> float | None:
     """Return this machine's clock less the server's, in seconds; None where it tells no time."""
     try:
-        return now - parsedate_to_datetime(response.headers["date"]).timestamp()
-    except (KeyError, ValueError, TypeError):
+        return None if date is None else now - parsedate_to_datetime(date).timestamp()
+    except ValueError:
         return None
 
 

@@ -1,13 +1,9 @@
 """`hansa merchant`: what a merchant does with its own customers, on its own machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from clients.merchant import Merchant
-    from common.contract import Contract
 
 app = typer.Typer(
     help="Enrol and take part; check your table, see your budget, assign your customers.",
@@ -88,8 +84,19 @@ def members(
 
 
 @app.command()
-def rotate(folder: FolderArgument) -> None:
-    """Replace your node's key, with which your machine logs in at the operator."""
+def rotate(
+    folder: FolderArgument,
+    identity: Annotated[
+        bool,
+        typer.Option("--identity", help="Your identity key instead; your ledger goes on."),
+    ] = False,
+) -> None:
+    """Replace your node's key, with which your machine logs in, or your identity key."""
+    if identity:
+        from hansa.commands.rotation import merchant_identity
+
+        merchant_identity(folder)
+        return
     from hansa.commands.enrolment import merchant_rotate
 
     merchant_rotate(folder)
@@ -126,117 +133,20 @@ def leave(folders: FoldersArgument) -> None:
 
 @app.command()
 def check(
-    merchant_file: FileArgument,
-    contract: Annotated[Path, typer.Option(help="The federation's contract.")],
+    merchant: Annotated[Path, typer.Argument(help="Your folder, or your merchant.toml.")],
+    contract: Annotated[
+        Path | None,
+        typer.Option(help="The federation's contract; default the one that you pinned."),
+    ] = None,
 ) -> None:
-    """Read your table as a run would, say what was found and whether you could take part.
+    """Try everything that a run needs, and say what to do about each finding.
 
-    Nothing is sent. Exit code 1 where a run would be refused by your policy or your ledger.
+    Your table is read as a run would read it; nothing about it is sent. Where you are enrolled,
+    the way to the operator is tried too. Exit code 1 where anything would stop a run.
     """
-    from clients.merchant import read_merchant
-    from clients.table import read_table
-    from common.contract import read_contract
+    from hansa.commands.check import run
 
-    agreed = read_contract(contract)
-    merchant = read_merchant(merchant_file)
-    table = read_table(merchant, agreed)
-    known = int((table.labels >= 0).sum())
-    typer.echo(
-        f"{len(table.labels):,} customers, {known:,} with a segment, "
-        f"{int((table.held_out & (table.labels >= 0)).sum()):,} of them held out"
-    )
-    for feature, customers in table.out_of_bounds.items():
-        if customers:
-            typer.echo(f"{feature}: {customers:,} customers outside the contract's bounds, clipped")
-    _tell_cost(merchant, agreed)
-    if not agreed.aggregation.secure and not merchant.policy.accept_unmasked_sums:
-        typer.echo("your policy refuses this contract: its sums are not masked")
-        raise typer.Exit(1)
-    _check_enrolled(merchant, merchant_file.absolute().parent, agreed)
-    if agreed.aggregation.secure:
-        _check_secure(merchant, agreed)
-    _check_budget(merchant, agreed)
-
-
-def _tell_cost(merchant: "Merchant", contract: "Contract") -> None:
-    """Say what a run costs, towards whom, and what the merchant allows."""
-    from common.plan import planned_epsilon, planned_epsilon_towards_server
-    from common.statements import epsilon_text
-
-    sums, policy = epsilon_text(planned_epsilon(contract)), merchant.policy
-    server = epsilon_text(planned_epsilon_towards_server(contract))
-    cap = policy.epsilon_towards_server
-    towards = (
-        f"{sums} towards whoever sees sums, the server included"
-        if contract.aggregation.secure
-        else f"{sums} towards whoever sees sums and {server} towards the server"
-    )
-    typer.echo(
-        f"a run under this contract costs epsilon {towards}, at delta {contract.privacy.delta:.3g}"
-    )
-    typer.echo(
-        f"your cap over all runs is epsilon {policy.epsilon:.4g} towards whoever sees sums and "
-        f"{'not stated' if cap is None else f'{cap:.4g}'} towards the server, at delta "
-        f"{policy.delta:.3g}"
-    )
-
-
-def _check_enrolled(merchant: "Merchant", folder: Path, contract: "Contract") -> None:
-    """End with exit code 1 where no witness is pinned, without whom nothing is released.
-
-    Raises:
-        IdentityError: Its key or the list of members cannot be used, or they do not agree.
-    """
-    from clients.enrolment import enrolment
-    from simulations.wording import counted
-
-    _, members = enrolment(merchant, folder)
-    counted_on = contract.federation.min_merchants
-    short = "" if len(members.keys) >= counted_on else f"; the contract counts on {counted_on:,}"
-    typer.echo(
-        f"its sums are {'masked' if contract.aggregation.secure else 'not masked'}; your key is "
-        f"enrolled, in a list of {counted(len(members.keys), 'merchant')}{short}"
-    )
-    if not members.witness:
-        typer.echo(
-            "your list of members has no [witness] key: you would release nothing; ask the "
-            "coordinator for it (hansa server init writes it into members.toml)"
-        )
-        raise typer.Exit(1)
-
-
-def _check_secure(merchant: "Merchant", contract: "Contract") -> None:
-    """End with exit code 1 where this merchant would help to unmask no sum."""
-    from common.contract import MAX_COHORT
-
-    asked, counted_on = merchant.policy.min_cohort, contract.federation.min_merchants
-    largest = -(-counted_on // -(-counted_on // MAX_COHORT))
-    if asked > largest:
-        typer.echo(
-            f"your policy refuses this contract: you help to unmask sums over at least {asked} "
-            f"merchants (policy.min_cohort), it counts on {largest}"
-        )
-        raise typer.Exit(1)
-    typer.echo(
-        f"you help to unmask sums over at least {max(asked, contract.min_survivors)} merchants; "
-        "this hides your part as long as fewer than a third of them collude with the server"
-    )
-
-
-def _check_budget(merchant: "Merchant", contract: "Contract") -> None:
-    """End with exit code 1 where a run would pass a cap, with all that was spent before."""
-    import time
-
-    from clients.enrolment import spent_by
-    from clients.forecast import Spending
-    from common.plan import plan_of
-
-    charges = plan_of(contract).charges(contract.exposed_contributors)
-    refusal = Spending(spent_by(merchant), time.time()).refusal_of(charges)
-    if refusal:
-        typer.echo(f"your ledger refuses this contract: the run {refusal}")
-        raise typer.Exit(1)
-    typer.echo("a run under this contract would be accepted")
+    run(merchant, contract)
 
 
 @app.command()
