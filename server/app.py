@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from server.runs import RunLease
 
 _RESEND_S = 10.0
+_WAIT_S = 300.0  # for merchants, where nobody says otherwise
 
 
 def print_round(report: RoundReport) -> None:
@@ -93,19 +94,22 @@ def _deployed(
 ) -> None:
     """Run with checkpoints; how it ends is in the run store, whatever Flower says."""
     from server.keeping import LeaseKeeper, registered
+    from server.patient_grid import PatientGrid
 
     contract = read_contract(places.contract)
     config = context.run_config
     with _lease(config, contract, context.run_id) as lease:
         members = read_members(places.contract.parent / "members.toml")
         archive = open_archive(places.own)
+        keeper = LeaseKeeper(lease, contract.training.rounds)
         circumstances = Circumstances(
-            LeaseKeeper(lease, contract.training.rounds),
+            keeper,
             registered(places.contract.parent),
-            float(config.get("wait", 0)),
+            float(config.get("wait", _WAIT_S)),
             _RESEND_S,
         )
-        outcome = Coordinator(grid, contract, on_round, members, archive, circumstances).run()
+        patient = PatientGrid(grid, keeper.beat)
+        outcome = Coordinator(patient, contract, on_round, members, archive, circumstances).run()
         bundle = places.out / outcome.run
         on_outcome(outcome, contract, bundle, archive)
         lease.finish(str(bundle))

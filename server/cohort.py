@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flwr.app import RecordDict
-from flwr.serverapp import Grid
 
 from common.chain import Head
 from common.errors import WireError
 from common.identity import Members
 from common.session import accused
-from server.stages import Patience, run_stage
+from server.stages import Grid, Patience, run_stage
 from server.witness import Witness
 
 _MOST_REASONS = 5

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.serverapp import Grid
 from jaxtyping import Float
 
 from common.accounting import epsilon
@@ -43,7 +42,7 @@ from server.cohort import Cohort
 from server.optimizers import Optimizer
 from server.outcome import NoisySum, Outcome, RoundReport
 from server.plain_sums import PlainSums
-from server.stages import Patience
+from server.stages import Grid, Patience
 from server.sums import SecureSums
 
 _NOTHING = ("", 0, 0)

@@ -5,12 +5,12 @@ seconds between polls and waits for ever by default.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 
 UNAVAILABLE = "worker unavailable"  # how a node's error begins whose worker did not answer
 
@@ -24,6 +24,19 @@ _PASSING = frozenset(  # errors after which the same message may find its mercha
         ErrorCode.CLIENT_APP_CRASHED,
     }
 )
+
+
+class Grid(Protocol):
+    """What a coordinator uses of Flower's `Grid`."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are connected."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids, empty where one was not taken."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""A Flower `Grid` that outlives a SuperLink: what fails on the way there is tried again.
+
+Flower's own retry gives up where the error speaks of TLS, which is how a SuperLink looks that is
+killed in the middle of a handshake.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import httpx
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common.errors import RunError
+
+logger = logging.getLogger("hansa.coordinator")
+
+_LONGEST_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 180.0, 0.2, 5.0
+T = TypeVar("T")
+
+
+class PatientGrid:
+    """The part of `Grid` that a coordinator uses, tried again while the SuperLink is away.
+
+    Args:
+        grid: Flower's.
+        on_wait: Called before each further try; what it raises ends the waiting.
+    """
+
+    def __init__(self, grid: Grid, on_wait: Callable[[], object]) -> None:
+        self._grid = grid
+        self._on_wait = on_wait
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes that are connected."""
+        return self._again(lambda: list(self._grid.get_node_ids()))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; one may arrive twice, which merchants answer with the same bytes."""
+        sent = list(messages)
+        return self._again(lambda: list(self._grid.push_messages(sent)))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there."""
+        asked = list(message_ids)
+        return self._again(lambda: list(self._grid.pull_messages(asked)))
+
+    def _again(self, call: Callable[[], T]) -> T:
+        end, pause = time.monotonic() + _LONGEST_S, _FIRST_PAUSE_S
+        while True:
+            try:
+                return call()
+            except (httpx.HTTPError, OSError) as error:
+                if not _passes(error):
+                    raise
+                if time.monotonic() > end:
+                    raise RunError(
+                        f"the SuperLink did not answer for {_LONGEST_S:g} s ({error}); go on with "
+                        "hansa server resume when it is back"
+                    ) from None
+                logger.warning("the SuperLink does not answer (%s)", type(error).__name__)
+            self._on_wait()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _passes(error: Exception) -> bool:
+    """Tell whether an error may pass: not one that says no."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return True

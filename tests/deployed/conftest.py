@@ -1,0 +1,25 @@
+"""Stacks of real processes: one a module where tests leave it whole, else one a test."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deployed.stack import Stack, stack
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Give four merchants that joined; a sum needs three of them."""
+    with stack(tmp_path_factory.mktemp("federation"), 4) as found:
+        found.up(rounds=6, aggregation={"min_survivors": 3})
+        yield found
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Stack]:
+    """Give a stack that nothing was done with yet."""
+    with stack(tmp_path / "federation", 3) as found:
+        yield found
+        shutil.rmtree(found.folder / "shops", ignore_errors=True)
