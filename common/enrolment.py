@@ -12,14 +12,15 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from common.chain import body_bytes, is_signed
-from common.errors import EnrolmentError
+from common.errors import EnrolmentError, IdentityError
 from common.identity import MERCHANT_ID, Members
 from common.masks import joined
+from common.rotation import Rotation, check_rotations
 
 PREFIX = "hansa1-"
 PATH = "/v1/fleet/hansa"  # where the gateway answers, beside Flower's own paths
@@ -160,9 +161,10 @@ class SignedList:
 
     version: int
     members: dict[str, bytes]  # id -> identity's public key
-    added: dict[str, int]  # id -> version that added it
+    added: dict[str, int]  # id -> version that added it, or its key of today
     revoked: dict[str, int]  # id -> version that revoked it
     witness: bytes  # the operator's public key
+    rotations: tuple[Rotation, ...] = ()  # how keys of today came after earlier ones
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -172,6 +174,7 @@ class SignedList:
             "added": self.added,
             "revoked": self.revoked,
             "witness": self.witness.hex(),
+            "rotations": [rotation.document for rotation in self.rotations],
         }
 
     def canonical(self) -> bytes:
@@ -180,7 +183,7 @@ class SignedList:
 
     def pinned(self) -> Members:
         """Return it as `members.toml` has it."""
-        return Members(self.members, self.witness)
+        return Members(self.members, self.witness, self.rotations)
 
 
 def parse_list(document: object, signature: object, operator: bytes) -> SignedList:
@@ -190,7 +193,7 @@ def parse_list(document: object, signature: object, operator: bytes) -> SignedLi
         EnrolmentError: It is no list, or the operator did not sign it.
     """
     if not isinstance(document, dict) or set(document) != {
-        "version", "members", "added", "revoked", "witness",
+        "version", "members", "added", "revoked", "witness", "rotations",
     }:  # fmt: skip
         raise EnrolmentError("the operator's answer holds no list of members")
     version = document["version"]
@@ -200,12 +203,26 @@ def parse_list(document: object, signature: object, operator: bytes) -> SignedLi
     added, revoked = (_versions(document, name, version) for name in ("added", "revoked"))
     if set(added) != set(members) or set(members) & set(revoked):
         raise EnrolmentError("the list of members contradicts itself")
-    listed = SignedList(version, members, added, revoked, _key(document["witness"]))
+    rotations = _rotations(document["rotations"])
+    listed = SignedList(version, members, added, revoked, _key(document["witness"]), rotations)
     if len({*members.values(), listed.witness}) != len(members) + 1:
         raise EnrolmentError("the list of members holds one key twice")
     if listed.witness != operator or not signed(operator, listed.canonical(), signature):
         raise EnrolmentError("the operator whose key was pinned did not sign the list of members")
+    try:
+        check_rotations(rotations, {*members.values(), listed.witness})
+    except IdentityError as error:
+        raise EnrolmentError(f"the list of members: {error}") from None
     return listed
+
+
+def _rotations(listed: object) -> tuple[Rotation, ...]:
+    if not isinstance(listed, list):
+        raise EnrolmentError("the list of members: 'rotations' is no list")
+    try:
+        return tuple(map(Rotation.from_document, listed))
+    except IdentityError as error:
+        raise EnrolmentError(f"the list of members: {error}") from None
 
 
 def signed(key: bytes, message: bytes, signature: object) -> bool:
@@ -245,10 +262,11 @@ class Difference:
 
     added: dict[str, bytes]
     removed: dict[str, bytes]
-    changed: dict[str, tuple[bytes, bytes]]  # id -> pinned key, new key
+    changed: dict[str, tuple[bytes, bytes]]  # id -> pinned key, new key: nothing proves it
+    rotated: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # signed by both keys
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.changed)
+        return bool(self.added or self.removed or self.changed or self.rotated)
 
 
 def difference(pinned: Members, version: int, listed: SignedList) -> Difference:
@@ -269,11 +287,14 @@ def difference(pinned: Members, version: int, listed: SignedList) -> Difference:
         )
     if listed.witness != pinned.witness:
         raise EnrolmentError("the operator's list of members names another witness")
-    old, new = pinned.keys, listed.members
+    old, new, after = pinned.keys, listed.members, listed.pinned()
+    others = {name: (old[name], new[name]) for name in new if new[name] != old.get(name, new[name])}
+    rotated = {name: keys for name, keys in others.items() if keys[0] in after.keys_of(name)}
     found = Difference(
         {name: key for name, key in new.items() if name not in old},
         {name: key for name, key in old.items() if name not in new},
-        {name: (old[name], new[name]) for name in new if new[name] != old.get(name, new[name])},
+        {name: keys for name, keys in others.items() if name not in rotated},
+        rotated,
     )
     if found and listed.version == version:
         raise EnrolmentError(

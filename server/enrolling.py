@@ -23,14 +23,23 @@ from common.enrolment import (
     secret_sha256,
     signed,
 )
-from common.errors import EnrolmentError, SettingsError, SuperLinkError, WireError
-from common.identity import MERCHANT_ID, Identity, read_identity
-from server.archive import COORDINATOR
+from common.errors import (
+    EnrolmentError,
+    IdentityError,
+    SettingsError,
+    SuperLinkError,
+    WireError,
+)
+from common.identity import MERCHANT_ID, Identity
+from common.rotation import Rotation
+from server.archive import open_archive
 from server.certificates import announced, pem_sha256
 from server.flower_control import GONE, list_nodes, register_node, unregister_node
 from server.registry import Register, Registry
 from server.registry_rows import State
+from server.rotation import take_over
 from server.settings import Settings
+from server.witness import Witness
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _MAX_PEM = 1024
@@ -46,6 +55,7 @@ class Desk:
         settings: Of the federation.
         registry: Of the federation.
         identity: The operator's.
+        witness: Of the federation's ledgers.
         contract: As TOML.
         contract_signature: The operator's, in hexadecimal.
         register: Lets a node in.
@@ -56,6 +66,7 @@ class Desk:
     settings: Settings
     registry: Registry
     identity: Identity
+    witness: Witness
     contract: str
     contract_signature: str
     register: Register
@@ -63,7 +74,7 @@ class Desk:
     now: Callable[[], float] = time.time
 
     def answer(self, question: str, body: bytes) -> dict[str, Any]:
-        """Answer a question: `offer`, `enrol`, `members` or `rotate`.
+        """Answer a question: `offer`, `enrol`, `members`, `rotate` or `identity`.
 
         Raises:
             WireError: The request is not what the protocol says.
@@ -76,6 +87,7 @@ class Desk:
             "enrol": (self._enrol, _ENROL),
             "members": (self._members, {"merchant": str, "at": int, "signature": str}),
             "rotate": (self._rotate, _ROTATE),
+            "identity": (self._identity, {"rotation": dict}),
         }
         if question not in questions:
             raise WireError(f"'{question[:32]}' is no question")
@@ -118,6 +130,17 @@ class Desk:
         log.info("node key replaced", extra={"merchant": merchant})
         return self._listed(self.registry.state())
 
+    def _identity(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Take a member's new identity key; the statement is signed by the old one and by it."""
+        try:
+            rotation = Rotation.from_document(asked["rotation"])
+            members = self.registry.state().signed_list().pinned()
+            take_over(rotation, members, self.witness, self.registry.rekey)
+        except IdentityError as error:
+            raise EnrolmentError(str(error)) from None
+        log.info("identity key replaced", extra={"merchant": rotation.merchant})
+        return self._listed(self.registry.state())
+
     def _let_go(self, node: int) -> None:
         """Unregister a node; one that the SuperLink keeps for now goes when it starts anew."""
         try:
@@ -156,6 +179,7 @@ class Desk:
 _ENROL: dict[str, type] = {
     "secret": str, "merchant": str, "identity": str, "node": str, "proof": str,
 }  # fmt: skip
+_KINDS = {str: "text", int: "a number", dict: "an object"}
 _ROTATE: dict[str, type] = {"merchant": str, "node": str, "at": int, "signature": str}
 
 
@@ -167,7 +191,8 @@ def open_desk(settings: Settings) -> Desk:
             operator signed it.
     """
     folder = settings.folder
-    identity = read_identity(COORDINATOR, settings.archive / "identity.key")
+    archive = open_archive(settings.archive)
+    identity = archive.identity
     contract, signature = signed_contract(settings, identity.public)
     registry = Registry(folder)
     if registry.state().operator != identity.public:
@@ -176,6 +201,7 @@ def open_desk(settings: Settings) -> Desk:
         settings,
         registry,
         identity,
+        archive.witness,
         contract_toml(contract),
         signature,
         lambda key, name: register_node(settings, key, name),
@@ -236,8 +262,8 @@ def _fields(body: bytes, expected: dict[str, type]) -> dict[str, Any]:
         raise WireError(f"expected a JSON object with {', '.join(sorted(expected))}")
     for name, kind in expected.items():
         if type(found[name]) is not kind:
-            raise WireError(f"field '{name}': expected {'text' if kind is str else 'a number'}")
-    if not re.fullmatch(MERCHANT_ID, found["merchant"]):
+            raise WireError(f"field '{name}': expected {_KINDS[kind]}")
+    if "merchant" in found and not re.fullmatch(MERCHANT_ID, found["merchant"]):
         raise WireError("field 'merchant': is no merchant id")
     if "at" in found and not 0 <= found["at"] < 2**53:
         raise WireError("field 'at': expected seconds since 1970")

@@ -5,7 +5,7 @@ of them. The SuperLink therefore listens on 127.0.0.1 only, and this gateway pas
 
     POST /v1/fleet/<name>        to the SuperLink, which asks for the node's signature
     GET, HEAD /health            to the SuperLink
-    POST /v1/fleet/hansa/<name>  offer, enrol, members, rotate: answered here (server/enrolling.py)
+    POST /v1/fleet/hansa/<name>  offer, enrol, members, rotate, identity: server/enrolling.py
     GET /v1/fleet/hansa/ca       the authority's certificate, to be compared with a token's hash
 
 and nothing else: what is compared is the path as it was sent, byte by byte, so that no escape,

@@ -9,7 +9,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from common.enrolment import Enrolling, secret_sha256
 from common.errors import ArchiveError, EnrolmentError
 from common.files import write_atomically
 from common.identity import members_toml
+from common.rotation import Rotation
 from server.registry_rows import (
     SCHEMA,
     Invitation,
     Member,
     State,
     append,
+    append_rotation,
     check_fresh,
     check_keys,
     check_node,
@@ -60,8 +62,15 @@ class Registry:
             raise ArchiveError(f"{self._path}: was written by another version of Hansa")
 
     @classmethod
-    def create(cls, folder: Path, operator: bytes) -> "Registry":
+    def create(
+        cls, folder: Path, operator: bytes, rotations: Iterable[Rotation] = ()
+    ) -> "Registry":
         """Make an empty registry, and the empty list of members.
+
+        Args:
+            folder: Of the federation.
+            operator: Its public key.
+            rotations: How that key came after earlier ones.
 
         Raises:
             ArchiveError: There is one already, or it cannot be written.
@@ -76,6 +85,8 @@ class Registry:
                 database.execute("PRAGMA journal_mode = WAL")
                 database.executescript(SCHEMA)
                 database.execute("INSERT INTO operator VALUES (?)", (operator.hex(),))
+                for rotation in rotations:
+                    append_rotation(database, rotation)
                 database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             database.close()
         except sqlite3.Error as error:
@@ -88,6 +99,7 @@ class Registry:
     def state(self) -> State:
         """Return who is enrolled now."""
         with self._opened() as database:
+            database.execute("BEGIN")  # all tables at one moment
             return state_of(database)
 
     @property
@@ -201,6 +213,24 @@ class Registry:
             check_node(state, node)
             row = (merchant, member.identity.hex(), member.node_key.decode("ascii"), node)
             append(database, (time.time(), "rotated", *row, state.version, member.asked_at))
+
+    def rekey(self, rotation: Rotation) -> None:
+        """Take a member's new identity key for its old one; once, later calls change nothing.
+
+        Raises:
+            EnrolmentError: It is no member, or its key is another one.
+        """
+        with self._changing() as database:
+            state = state_of(database)
+            if rotation not in state.rotations:
+                member = _member(state, rotation.merchant)
+                if member.identity != rotation.old:
+                    raise EnrolmentError(f"'{rotation.merchant}' has another key than that old one")
+                keys = (rotation.new.hex(), member.node_key.decode("ascii"))
+                last = (member.node, state.version + 1, member.asked_at)
+                append_rotation(database, rotation)
+                append(database, (time.time(), "rekeyed", rotation.merchant, *keys, *last))
+        self.write_members()
 
     def revoke(self, merchant: str, now: float | None = None) -> Member:
         """Take a merchant off the list; return what it was.

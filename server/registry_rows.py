@@ -1,12 +1,14 @@
 """What the registry's tables hold, and what follows from them."""
 
+import json
 import sqlite3
 from dataclasses import dataclass
 
 from common.enrolment import Enrolling, SignedList
 from common.errors import EnrolmentError
+from common.rotation import Rotation
 
-_TABLES = ("operator", "tokens", "uses", "history", "told")
+_TABLES = ("operator", "tokens", "uses", "history", "rotations", "told")
 _TABLES_SQL = """
 CREATE TABLE operator (public_key TEXT NOT NULL);
 CREATE TABLE tokens (
@@ -19,9 +21,12 @@ CREATE TABLE uses (
 );
 CREATE TABLE history (
   number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL,
-  kind TEXT NOT NULL CHECK (kind IN ('added', 'rotated', 'revoked')),
+  kind TEXT NOT NULL CHECK (kind IN ('added', 'rotated', 'rekeyed', 'revoked')),
   merchant TEXT NOT NULL, identity TEXT NOT NULL, node_key TEXT NOT NULL, node TEXT NOT NULL,
   version INTEGER NOT NULL, asked_at INTEGER NOT NULL
+);
+CREATE TABLE rotations (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, document TEXT NOT NULL UNIQUE
 );
 CREATE TABLE told (
   merchant TEXT NOT NULL, authority TEXT NOT NULL, at REAL NOT NULL,
@@ -49,7 +54,7 @@ class Member:
     identity: bytes
     node_key: bytes  # PEM
     node: int  # Flower's id
-    added: int  # version of the list
+    added: int  # version of the list that named this key first
     asked_at: int  # when the merchant last asked for another node key, by its own clock
     at: float  # of its enrolment
 
@@ -70,6 +75,7 @@ class State:
     members: dict[str, Member]
     revoked: dict[str, int]
     operator: bytes
+    rotations: tuple[Rotation, ...] = ()
 
     def signed_list(self) -> SignedList:
         """Return the list that the operator signs."""
@@ -79,6 +85,7 @@ class State:
             {name: member.added for name, member in self.members.items()},
             self.revoked,
             self.operator,
+            self.rotations,
         )
 
 
@@ -90,6 +97,12 @@ def append(database: sqlite3.Connection, row: tuple[object, ...]) -> None:
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (at, kind, merchant, identity, node_key, str(node), version, asked_at),
     )
+
+
+def append_rotation(database: sqlite3.Connection, rotation: Rotation) -> None:
+    """Add a statement of an old and a new key."""
+    document = json.dumps(rotation.document, sort_keys=True)
+    database.execute("INSERT INTO rotations (document) VALUES (?)", (document,))
 
 
 def state_of(database: sqlite3.Connection) -> State:
@@ -109,11 +122,15 @@ def state_of(database: sqlite3.Connection) -> State:
             continue
         revoked.pop(merchant, None)
         added, since = (before.added, before.at) if before is not None else (version, at)
+        if kind == "rekeyed":
+            added = version  # who pinned an older list does not know this key
         members[merchant] = Member(
             merchant, bytes.fromhex(identity), node_key.encode(), int(node), added, asked_at, since
         )
     (operator,) = database.execute("SELECT public_key FROM operator").fetchone()
-    return State(last, dict(sorted(members.items())), revoked, bytes.fromhex(operator))
+    documents = database.execute("SELECT document FROM rotations ORDER BY number").fetchall()
+    rotations = tuple(Rotation.from_document(json.loads(text)) for (text,) in documents)
+    return State(last, dict(sorted(members.items())), revoked, bytes.fromhex(operator), rotations)
 
 
 def check_token(database: sqlite3.Connection, secret: str, merchant: str, now: float) -> None:
@@ -152,6 +169,8 @@ def check_keys(database: sqlite3.Connection, state: State, asked: Enrolling) -> 
         raise EnrolmentError(f"'{asked.merchant}' is enrolled already")
     if asked.identity in {state.operator, *(m.identity for m in state.members.values())}:
         raise EnrolmentError("this identity key is enrolled already, under another id")
+    if asked.identity in {one.old for one in state.rotations}:
+        raise EnrolmentError("this identity key was given up for another one")
     check_fresh(database, asked.node)
 
 

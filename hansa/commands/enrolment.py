@@ -141,6 +141,9 @@ def show_difference(found: "Difference") -> None:
         typer.echo(f"  added    {name}  key {fingerprint(key)}")
     for name, key in found.removed.items():
         typer.echo(f"  removed  {name}  key {fingerprint(key)}")
+    for name, (before, after) in found.rotated.items():
+        typer.echo(f"  rotated  {name}  key {fingerprint(before)}\n    to key {fingerprint(after)}")
+        typer.echo("    both keys signed that")
     for name, (before, after) in found.changed.items():
         typer.echo(f"  CHANGED  {name}  key {fingerprint(before)}\n    to key {fingerprint(after)}")
     if found.changed:

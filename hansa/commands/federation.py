@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from common.contract import Contract
     from common.enrolment import Token
     from common.identity import Identity
+    from common.rotation import Rotation
     from server.settings import Settings
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -155,21 +156,29 @@ def _fill(settings: "Settings", contract: "Contract") -> "Identity":
     secret = folder / "superlink" / "superexec.secret"
     if not secret.exists():
         write_new(secret, secrets.token_bytes(32), 0o600)
-    _keep_older_list(folder)
-    Registry.create(folder, identity.public)
+    Registry.create(folder, identity.public, _keep_older_list(folder))
     write_settings(settings)
     return identity
 
 
-def _keep_older_list(folder: Path) -> None:
-    """Move a list of members away that was written by hand: those merchants enrol anew."""
+def _keep_older_list(folder: Path) -> "tuple[Rotation, ...]":
+    """Move a list of members away that was written by hand: those merchants enrol anew.
+
+    Returns:
+        How the operator's key of today came after earlier ones.
+    """
     from common.identity import read_members
+    from common.rotation import WITNESS
 
     listed = folder / "members.toml"
-    if listed.exists() and read_members(listed).keys:
-        older = folder / "members.before.toml"
-        older.write_bytes(listed.read_bytes())
-        typer.echo(f"{older}: the list of members that was there; its merchants enrol anew")
+    if not listed.exists():
+        return ()
+    older = read_members(listed)
+    if older.keys:
+        kept = folder / "members.before.toml"
+        kept.write_bytes(listed.read_bytes())
+        typer.echo(f"{kept}: the list of members that was there; its merchants enrol anew")
+    return tuple(one for one in older.rotations if one.merchant == WITNESS)
 
 
 def server_invite(folder: Path, names: tuple[str, ...], out: Path | None, hours: float) -> None:
@@ -270,18 +279,23 @@ def server_revoke(folder: Path, name: str) -> None:
         typer.echo("its node is refused from now on")
 
 
-def server_rotate(folder: Path, *, tls: bool, ca: bool, anyway: bool) -> None:
-    """Replace the server's certificate, announce another authority, or switch to it.
+def server_rotate(folder: Path, *, tls: bool, ca: bool, identity: bool, anyway: bool) -> None:
+    """Replace the server's certificate or the identity, announce an authority, or switch to it.
 
     Raises:
-        SettingsError: Neither or both were asked for, or merchants were not told yet.
+        SettingsError: Not exactly one was asked for, or merchants were not told yet.
+        ServiceError: The identity cannot be replaced now.
     """
     from common.errors import SettingsError
+    from hansa.commands.rotation import operator_identity
     from server.certificates import renew
     from server.settings import read_settings
 
-    if tls == ca:
-        raise SettingsError("name what to replace: --tls or --ca")
+    if tls + ca + identity != 1:
+        raise SettingsError("name what to replace: --tls or --ca or --identity")
+    if identity:
+        operator_identity(folder)
+        return
     settings = read_settings(folder)
     if tls:
         renew(settings.tls, settings.hosts)

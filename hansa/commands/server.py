@@ -114,15 +114,22 @@ def rotate(
             help="A new certificate authority: the first call announces it, the second switches.",
         ),
     ] = False,
+    identity: Annotated[
+        bool,
+        typer.Option(
+            "--identity",
+            help="A new identity key, where members were listed by hand and nobody enrolled.",
+        ),
+    ] = False,
     anyway: Annotated[
         bool,
         typer.Option("--anyway", help="Switch though some merchants did not hear of it yet."),
     ] = False,
 ) -> None:
-    """Replace the server's certificate, or its certificate authority."""
+    """Replace the server's certificate, its certificate authority, or the identity key."""
     from hansa.commands.federation import server_rotate
 
-    server_rotate(folder, tls=tls, ca=ca, anyway=anyway)
+    server_rotate(folder, tls=tls, ca=ca, identity=identity, anyway=anyway)
 
 
 @app.command()

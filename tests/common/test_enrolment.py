@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from common.enrolment import (
 )
 from common.errors import EnrolmentError
 from common.identity import MERCHANT_ID, Identity, Members
+from common.rotation import sign_rotation
 
 OPERATOR = Identity.generate("coordinator")
 HEX = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -198,6 +200,22 @@ class TestSignedList:
         with pytest.raises(EnrolmentError, match="no list"):
             parse_list(document, "00" * 64, OPERATOR.public)
 
+    def test_a_key_that_was_given_up(self) -> None:
+        """Cannot be a member's again, though the operator signs it."""
+        old, new = (Identity.generate("a") for _ in range(2))
+        statement = sign_rotation("a", old, new, 1)
+        listed = SignedList(4, {"a": old.public}, {"a": 4}, {}, OPERATOR.public, (statement,))
+        with pytest.raises(EnrolmentError, match="given up is in use again"):
+            parse_list(*spoken(listed), OPERATOR.public)
+
+    def test_a_forged_rotation(self) -> None:
+        """One that the old key did not sign is refused."""
+        old, new = (Identity.generate("a") for _ in range(2))
+        statement = replace(sign_rotation("a", old, new, 1), by_old=bytes(64))
+        listed = SignedList(4, {"a": new.public}, {"a": 4}, {}, OPERATOR.public, (statement,))
+        with pytest.raises(EnrolmentError, match="not signed with its old key"):
+            parse_list(*spoken(listed), OPERATOR.public)
+
     @pytest.mark.parametrize(
         ("change", "words"),
         [
@@ -213,6 +231,8 @@ class TestSignedList:
             ({"members": {"a": "01", "b": "02" * 32}}, "64 hexadecimal"),
             ({"members": []}, "ids of merchants"),
             ({"witness": "03" * 32}, "did not sign"),
+            ({"rotations": None}, "'rotations' is no list"),
+            ({"rotations": [{}]}, "expected a rotation"),
         ],
         ids=str,
     )
@@ -235,6 +255,22 @@ class TestDifference:
         assert bool(found)
         later = difference(Members({}, OPERATOR.public), 0, LISTED)
         assert later.added == LISTED.members
+
+    def test_a_key_that_its_owner_replaced(self) -> None:
+        """Is told apart from one that nothing proves."""
+        old, new, other = (Identity.generate("a") for _ in range(3))
+        statement = sign_rotation("a", old, new, 1)
+        listed = SignedList(
+            4, {"a": new.public}, {"a": 4}, {}, OPERATOR.public, rotations=(statement,)
+        )
+        again = parse_list(*spoken(listed), OPERATOR.public)
+        assert again == listed
+        found = difference(Members({"a": old.public}, OPERATOR.public), 3, again)
+        assert (found.changed, found.rotated) == ({}, {"a": (old.public, new.public)})
+        assert bool(found)
+        found = difference(Members({"a": other.public}, OPERATOR.public), 3, again)
+        assert (set(found.changed), found.rotated) == ({"a"}, {})
+        assert again.pinned().keys_of("a") == (old.public, new.public)
 
     def test_the_same(self) -> None:
         """Nothing."""

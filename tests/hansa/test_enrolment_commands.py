@@ -422,6 +422,25 @@ class TestMembers:
         assert fingerprint(node) in text
         assert list(world.registry.nodes()) == [world.nodes.ids[node]]
 
+    def test_a_new_identity_key(self, world: World, operator: Path, shop: Path) -> None:
+        """Is told to the others with the proof, and works from then on."""
+        enrolled(operator, shop)
+        other = shop.parent / "other"
+        hansa("merchant", "init", other)
+        enrolled(operator, other)
+        old = read_keys(shop).identity.public
+        hansa("merchant", "rotate", shop, "--identity")
+        new = read_keys(shop).identity.public
+        assert world.registry.added_at() == {"shop": 3, "other": 2}
+        text = hansa("merchant", "members", other, "--accept").output
+        assert "CHANGED" not in text
+        assert f"rotated  shop  key {fingerprint(old)}" in text
+        assert "both keys signed that" in text
+        for folder in (shop, other):
+            hansa("merchant", "members", folder, "--accept")
+            assert read_members(folder / "members.toml").keys_of("shop") == (old, new)
+        hansa("merchant", "rotate", shop)
+
     def test_somebody_who_is_not_enrolled(self, shop: Path) -> None:
         """Is told what to do."""
         for command in ("members", "rotate"):
@@ -456,7 +475,7 @@ class TestRotate:
         assert "in use" in hansa("server", "rotate", operator, "--ca", "--anyway").output
         assert world.registry.version == 1
 
-    @pytest.mark.parametrize("options", [(), ("--tls", "--ca")], ids=str)
+    @pytest.mark.parametrize("options", [(), ("--tls", "--ca"), ("--ca", "--identity")], ids=str)
     def test_what(self, operator: Path, options: tuple[str, ...]) -> None:
         """Must be said."""
         with pytest.raises(SettingsError, match="--tls or --ca"):

@@ -1,6 +1,7 @@
 """What the operator answers, without HTTP."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from common.enrolment import (
 )
 from common.errors import EnrolmentError, HansaError, SettingsError, SuperLinkError, WireError
 from common.identity import Identity
+from common.rotation import WITNESS, sign_rotation
 from server.certificates import announce_next
 from server.enrolling import open_desk
 from simulations.datasets import load
@@ -274,6 +276,50 @@ class TestRotating:
         with pytest.raises(SuperLinkError):
             say(world, "rotate", rotate_request(world, keys, public_pem(), world.clock()))
         assert world.registry.nodes() == before
+
+
+class TestIdentity:
+    """Another identity key."""
+
+    @pytest.fixture(autouse=True)
+    def _enrolled(self, world: World, keys: Keys) -> None:
+        say(world, "enrol", world.request(world.token("shop"), keys))
+
+    def test_a_new_key(self, world: World, keys: Keys) -> None:
+        """Speaks for the merchant from now on, and the old one no longer."""
+        new = replace(keys, identity=Identity.generate("shop"))
+        statement = sign_rotation("shop", keys.identity, new.identity, 1)
+        for _ in range(2):
+            answer = say(world, "identity", {"rotation": statement.document})
+            listed = parse_list(answer["list"], answer["signature"], world.operator)
+            assert (listed.version, listed.members) == (2, {"shop": new.identity.public})
+            assert listed.rotations == (statement,)
+        say(world, "members", members_request(world, new, world.clock()))
+        with pytest.raises(EnrolmentError, match="not signed"):
+            say(world, "members", members_request(world, keys, world.clock()))
+        assert world.desk.witness.rotations() == (statement,)
+
+    def test_a_stranger(self, world: World, keys: Keys) -> None:
+        """Cannot put its key in the place of a member's."""
+        thief, new = Identity.generate("shop"), Identity.generate("shop")
+        unsigned = replace(sign_rotation("shop", thief, new, 1), old=keys.identity.public)
+        for statement, words in (
+            (sign_rotation("shop", thief, new, 1), "another key than its old"),
+            (unsigned, "not signed with its old key"),
+            (sign_rotation(WITNESS, thief, new, 1), "operator's own key"),
+            (sign_rotation("nobody", thief, new, 1), "another key than its old"),
+        ):
+            with pytest.raises(EnrolmentError, match=words):
+                say(world, "identity", {"rotation": statement.document})
+        assert world.registry.version == 1
+
+    @pytest.mark.parametrize("rotation", [{}, {"merchant": "shop"}], ids=str)
+    def test_something_else(self, world: World, rotation: dict[str, str]) -> None:
+        """Is told."""
+        with pytest.raises(EnrolmentError, match="expected a rotation"):
+            say(world, "identity", {"rotation": rotation})
+        with pytest.raises(WireError, match="expected an object"):
+            say(world, "identity", {"rotation": 3})
 
 
 class TestRequests:

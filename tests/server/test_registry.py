@@ -5,6 +5,7 @@ import secrets
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.enrolment import Enrolling, secret_sha256
 from common.errors import ArchiveError, EnrolmentError, SuperLinkError
-from common.identity import read_members
+from common.identity import Identity, read_members
+from common.rotation import WITNESS, Rotation, sign_rotation
 from server.registry import Registry
 
 OPERATOR = b"\xee" * 32
@@ -219,6 +221,63 @@ class TestRotating:
         assert registry.version == 1
 
 
+class TestRekeying:
+    """Another identity key for the same merchant."""
+
+    @pytest.fixture
+    def rotation(self, registry: Registry) -> Rotation:
+        """Enrol a merchant, and let it state that it has another key."""
+        old, new = (Identity.generate("a") for _ in range(2))
+        secret = registry.invite("a", 1, NOW)
+        request = Enrolling("a", old.public, b"0001", secret_sha256(secret))
+        registry.enrol(request, node_of, NOW)
+        return sign_rotation("a", old, new, 1)
+
+    def test_a_new_key(self, registry: Registry, rotation: Rotation, tmp_path: Path) -> None:
+        """Is in the list, with the statement, as if added then; the node stays."""
+        enrolled(registry, "b", 2)
+        nodes = registry.nodes()
+        for _ in range(2):
+            registry.rekey(rotation)
+            assert registry.version == 3
+        assert registry.added_at() == {"a": 3, "b": 2}
+        assert registry.nodes() == nodes
+        members = read_members(tmp_path / "members.toml")
+        assert members.keys_of("a") == (rotation.old, rotation.new)
+        registry.rotate("a", b"0005", 100, node_of)
+        assert registry.added_at()["a"] == 3
+
+    def test_another_merchants(self, registry: Registry, rotation: Rotation) -> None:
+        """Nobody's key is replaced by a statement about another one."""
+        enrolled(registry, "b", 2)
+        for merchant, words in (("b", "has another key"), ("x", "is not enrolled")):
+            with pytest.raises(EnrolmentError, match=words):
+                registry.rekey(replace(rotation, merchant=merchant))
+        assert registry.version == 2
+
+    def test_a_key_that_was_given_up(self, registry: Registry, rotation: Rotation) -> None:
+        """Is enrolled no more: the list would contradict itself."""
+        registry.rekey(rotation)
+        registry.revoke("a", NOW)
+        secret = registry.invite("a", 1, NOW)
+        for key, node in ((rotation.old, None), (rotation.new, 1)):
+            request = Enrolling("a", key, b"0007", secret_sha256(secret))
+            if node is None:
+                with pytest.raises(EnrolmentError, match="was given up"):
+                    registry.enrol(request, _no_node, NOW)
+            else:
+                registry.enrol(request, node_of, NOW)
+
+    def test_the_operators_own(self, tmp_path: Path) -> None:
+        """Earlier keys of the witness stay proven."""
+        old, new = (Identity.generate("coordinator") for _ in range(2))
+        (tmp_path / "other").mkdir()
+        statement = sign_rotation(WITNESS, old, new, 1)
+        Registry.create(tmp_path / "other", new.public, [statement])
+        members = read_members(tmp_path / "other" / "members.toml")
+        assert members.witnesses == (old.public, new.public)
+
+
 class TestInvitations:
     """Tokens that can still be used."""
 
@@ -247,13 +306,17 @@ class TestAuthorities:
 class TestTheFile:
     """One SQLite file, append-only, for several processes."""
 
-    @pytest.mark.parametrize("table", ["operator", "tokens", "uses", "history"])
+    @pytest.mark.parametrize("table", ["operator", "tokens", "uses", "history", "rotations"])
     @pytest.mark.parametrize("change", ["DELETE FROM {}", "UPDATE {} SET rowid = 99"])
     def test_nothing_is_taken_back(
         self, registry: Registry, tmp_path: Path, table: str, change: str
     ) -> None:
         """The database itself refuses."""
-        enrolled(registry, "a", 1)
+        old, new = (Identity.generate("a") for _ in range(2))
+        secret = registry.invite("a", 1, NOW)
+        request = Enrolling("a", old.public, b"0001", secret_sha256(secret))
+        registry.enrol(request, node_of, NOW)
+        registry.rekey(sign_rotation("a", old, new, 1))
         database = sqlite3.connect(tmp_path / "registry.sqlite")
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             database.execute(change.format(table))
