@@ -31,16 +31,16 @@ def prepare_for(user: str, places: Places, merchant: Merchant) -> None:
     os.close(os.open(places.node_state, os.O_WRONLY | os.O_CREAT, 0o600))
     for path in (places.node_state, places.node_key):
         os.chown(path, number, -1)
+    for path in _forbidden(places, merchant):
+        if path.exists() and _may_read(user, path):
+            raise PolicyError(
+                f"{path}: the user '{user}' (node.user) can read it, and must not: chmod o-r"
+            )
     for path in (places.node_key, places.enrolment, Path(os.path.realpath(tethered(())[0]))):
         if not _may_read(user, path):
             raise PolicyError(
                 f"{path}: the user '{user}' (node.user) cannot read it; let others pass through "
                 f"the folders above it: chmod o+x"
-            )
-    for path in _forbidden(places, merchant):
-        if path.exists() and _may_read(user, path):
-            raise PolicyError(
-                f"{path}: the user '{user}' (node.user) can read it, and must not: chmod o-r"
             )
 
 
