@@ -187,11 +187,14 @@ class _Party:
         self._merchant, self._vector, self._secure = identity.merchant, vector, secure
 
     def advertise(self, message: Advertise) -> Advertised:
-        advert = self._secure.advertise(message, self._head.link, b"") if message.session else b""
-        return Advertised(self._merchant, advert, self._head.to_bytes())
+        head = self._head.to_bytes()
+        if not message.session:
+            return Advertised(self._merchant, b"", head)
+        return Advertised(self._merchant, *self._secure.advertise(message, self._head.link, head))
 
     def share(self, message: Share) -> Shared:
-        return Shared(self._merchant, self._secure.share(message)[0], self._head.to_bytes())
+        head = self._head.to_bytes()
+        return Shared(self._merchant, *self._secure.share(message, lambda _roster: head))
 
     def answer(self, request: SumRequest) -> SumAnswer:
         head = self._head.to_bytes()

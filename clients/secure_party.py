@@ -7,9 +7,9 @@ confirmed or revealed a second time.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -50,34 +50,50 @@ class SecureParty:
 
     def advertised(self, message: Advertise) -> tuple[bytes, bytes] | None:
         """Return the advert and head that answered this message, while their session waits."""
-        state = self._state()
+        with self.store.locked():
+            return self._advertised(message)
+
+    def _advertised(self, message: Advertise) -> tuple[bytes, bytes] | None:
+        state = self._loaded()
         if state is None or state.phase is not Phase.ADVERTISED:
             return None
         known = _recalled(state, _ADVERTISE, fingerprint(message))
         return None if known is None else (state.own_advert, bytes.fromhex(known["head"]))
 
-    def advertise(self, message: Advertise, link: bytes, head: bytes) -> bytes:
+    def advertise(self, message: Advertise, link: bytes, head: bytes) -> tuple[bytes, bytes]:
         """Begin a session with fresh keys; an earlier one is forgotten.
 
         Args:
             message: What the coordinator sent.
             link: Of the last entry of this merchant's ledger.
             head: That entry as it is sent.
-        """
-        context = session_context(message.run, message.session, message.contract)
-        session = MerchantSession.advertise(
-            self.identity, self.members, self.minimum, context, message.session, link
-        )
-        _remember(session.state, _ADVERTISE, fingerprint(message), head=head.hex())
-        with self.store.locked():
-            self.store.save(session.state)
-        return session.advert
-
-    def share(self, message: Share) -> tuple[bytes, str, bool]:
-        """Join the roster and deal the first step's shares.
 
         Returns:
-            The escrow, the roster's hash, and whether they were returned before.
+            The advert and the head to send: the earlier ones if another thread was faster.
+        """
+        context = session_context(message.run, message.session, message.contract)
+        with self.store.locked():
+            known = self._advertised(message)
+            if known is not None:
+                return known
+            session = MerchantSession.advertise(
+                self.identity, self.members, self.minimum, context, message.session, link
+            )
+            _remember(session.state, _ADVERTISE, fingerprint(message), head=head.hex())
+            self.store.save(session.state)
+        return session.advert, head
+
+    def share(self, message: Share, join: Callable[[str], bytes]) -> tuple[bytes, bytes]:
+        """Join the roster and deal the first step's shares.
+
+        Args:
+            message: What the coordinator sent.
+            join: Writes down that the roster with this hash is joined and returns the ledger's
+                head; raises if it was joined before. Called before anything is kept: shares that
+                were dealt anew for an old roster must not be there when it is asked for again.
+
+        Returns:
+            The escrow and the head to send.
         """
         context = session_context(message.run, message.session, message.contract)
         with self._session(message.session) as session:
@@ -85,14 +101,18 @@ class SecureParty:
                 raise SecureSumError("field 'run': this session is of another run or contract")
             known = _recalled(session.state, _SHARE, fingerprint(message))
             if known is not None:
-                return bytes.fromhex(known["escrow"]), session.state.roster_hash.hex(), True
+                return bytes.fromhex(known["escrow"]), bytes.fromhex(known["head"])
             escrow = session.share(message.roster)
-            _remember(session.state, _SHARE, fingerprint(message), escrow=escrow.hex())
-            return escrow, session.state.roster_hash.hex(), False
+            head = join(session.state.roster_hash.hex())
+            _remember(
+                session.state, _SHARE, fingerprint(message), escrow=escrow.hex(), head=head.hex()
+            )
+            return escrow, head
 
     def masked(self, request: SumRequest) -> Masked | None:
         """Return what answered this very request before, if anything did."""
-        state = self._state()
+        with self.store.locked():
+            state = self._loaded()
         known = None if state is None else _recalled(state, _UPDATE, fingerprint(request))
         if known is None:
             return None
@@ -172,23 +192,27 @@ class SecureParty:
             )
             return shares, current.label, len(current.survivors)
 
-    def forget(self) -> None:
-        """Erase the session's keys: its run is over; what was answered may be asked for again."""
+    def forget(self, run: str, session: int, contract: str) -> None:
+        """Erase the keys of a session: its run is over.
+
+        What was answered may be asked for again. A session that was begun since stays.
+        """
         with self.store.locked():
             state = self.store.load()
+            if state.context != session_context(run, session, contract):
+                return
             over = State(
                 state.context, state.number, Phase.OVER, b"", b"", state.own_advert,
                 replies=state.replies,
             )  # fmt: skip
             self.store.save(over)
 
-    def _state(self) -> State | None:
+    def _loaded(self) -> State | None:
         """Return the session's state; None where there is none, or none that can be read."""
-        with self.store.locked():
-            try:
-                return self.store.load()
-            except SecureSumError:
-                return None
+        try:
+            return self.store.load()
+        except SecureSumError:
+            return None
 
     @contextmanager
     def _session(self, number: int, *, changes: bool = True) -> Iterator[MerchantSession]:
@@ -199,9 +223,11 @@ class SecureParty:
                 raise SecureSumError(
                     f"field 'session': this merchant is in session {state.number}, not {number}"
                 )
-            yield MerchantSession(self.identity, self.members, self.minimum, state)
+            # a copy: what is refused on the way leaves no trace, whatever the store keeps
+            session = MerchantSession(self.identity, self.members, self.minimum, replace(state))
+            yield session
             if changes:
-                self.store.save(state)
+                self.store.save(session.state)
 
 
 def _remember(state: State, kind: str, question: str, **answer: str) -> None:

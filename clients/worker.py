@@ -196,27 +196,25 @@ class Worker:
             message.countersigned,
         )
         sent = head.to_bytes()
-        advert = self._party.advertise(message, head.link, sent) if secure else b""
-        return Advertised(self.merchant, advert, sent)
+        if not secure:
+            return Advertised(self.merchant, b"", sent)
+        return Advertised(self.merchant, *self._party.advertise(message, head.link, sent))
 
     def share(self, message: Share) -> Shared:
         """Join a session; raises `SecureSumError` where its roster is not to be trusted."""
         self._check_contract(message.contract)
         party = self._party
         self.ledger.accept(message.countersigned)  # if it is refused, the session stays as it is
-        escrow, roster, again = party.share(message)
+        escrow, head = party.share(message, lambda roster: self._join(message, roster))
+        return Shared(self.merchant, escrow, head)
+
+    def _join(self, message: Share, roster: str) -> bytes:
         try:
-            head = self.ledger.join(
-                message.run,
-                message.session,
-                roster,
-                len(message.roster),
-                message.countersigned,
-                again=again,
-            )
+            return self.ledger.join(
+                message.run, message.session, roster, len(message.roster), message.countersigned
+            ).to_bytes()
         except ReplayRefusal as refusal:
             raise SecureSumError(f"field 'roster': {refusal}") from None
-        return Shared(self.merchant, escrow, head.to_bytes())
 
     def confirm(self, message: Confirm) -> Confirmed:
         """Vouch for who is in a sum; raises `SecureSumError` where that would be unsafe."""
@@ -228,7 +226,7 @@ class Worker:
         self.ledger.note_sum(label.run, label.stage, label.round, label.attempt, survivors)
         if (label.stage, label.round) == self._plan.last(self.contract.training.rounds):
             self.ledger.settle(label.run)
-            self._party.forget()
+            self._party.forget(label.run, message.session, self._contract_sha256)
         return Revealed(self.merchant, shares)
 
     @property

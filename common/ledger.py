@@ -358,14 +358,7 @@ class Ledger:
             raise BudgetRefusal(f"the run {reason}")
 
     def join(
-        self,
-        run: str,
-        session: int,
-        roster: str,
-        members: int,
-        countersigned: bytes = b"",
-        *,
-        again: bool = False,
+        self, run: str, session: int, roster: str, members: int, countersigned: bytes = b""
     ) -> Head:
         """Write down that a session of secure sums is joined.
 
@@ -375,7 +368,6 @@ class Ledger:
             roster: Hash of its roster.
             members: In the roster.
             countersigned: What the witness saw last, if anything.
-            again: The very answer of before is sent again; then it may have been joined.
 
         Raises:
             ReplayRefusal: It was joined before.
@@ -384,8 +376,6 @@ class Ledger:
         with self._transaction() as connection:
             since = self._accept(connection, countersigned)
             self._check_witnessed(connection, run)
-            if again and f"{roster}/0" in self._account.steps:
-                return self._head(since)
             self._check_step(f"{roster}/0")
             self._append(
                 connection,

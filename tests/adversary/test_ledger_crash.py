@@ -64,8 +64,13 @@ def contract_of(*, secure: bool) -> Contract:
     return parse_contract(document, source="crash")
 
 
+@dataclass
 class Killed(Exception):
-    """The merchant's process is dead."""
+    """The merchant's process is dead; what it was asked, and what it answered before."""
+
+    method: str
+    message: Any
+    answer: Any
 
 
 @dataclass
@@ -199,7 +204,7 @@ class Shop:
             assert kind != ERROR, content
             self.note(method, message, content)
         self._classify(method, message, answered=bool(answers))
-        raise Killed(method)
+        raise Killed(method, message, answers[0][1] if answers else None)
 
     def _classify(self, method: str, message: Any, *, answered: bool) -> None:
         """Count where it was when it died."""
@@ -235,12 +240,14 @@ class Shop:
         session = CoordinatorSession(session_context(RUN, number, sha256), self.members, 2)
         session.take_advert(advertised.advert, "m0")
         for party in self.others:
-            session.take_advert(party.advertise(message, bytes(32)), party.identity.merchant)
+            advert, _ = party.advertise(message, bytes(32), b"")
+            session.take_advert(advert, party.identity.merchant)
         roster = session.close_roster()
         share = Share(RUN, sha256, number, self.latest, roster)
         session.take_escrow(0, self.call("share", share).escrow)
         for position, party in enumerate(self.others, start=1):
-            session.take_escrow(position, party.share(share)[0])
+            escrow, _ = party.share(share, lambda _roster: b"")
+            session.take_escrow(position, escrow)
         self.coordinator = session
 
     def request(self) -> SumRequest:
@@ -273,8 +280,8 @@ class Shop:
         session.take_masked(0, answer.vector, answer.escrow)
         for position, party in parties:
             prepared = party.prepare(for_member(position))
-            masked, escrow = party.mask(self.session, prepared, np.zeros(length, dtype))
-            session.take_masked(position, masked, escrow)
+            sent = party.mask(for_member(position), prepared, np.zeros(length, dtype), b"")
+            session.take_masked(position, sent.vector, sent.escrow)
         confirm = Confirm(self.session, step, session.close_sum())
         session.take_confirmations(0, self.call("confirm", confirm).confirmations)
         for position, party in parties:
@@ -302,7 +309,7 @@ class Shop:
         assert len(set(what)) == len(what), "one occasion, two entries"
         assert len(set(steps)) == len(steps), "one step, two entries"
         assert self.left.keys() <= set(what), "a vector left that was not written down"
-        assert all(len(vectors) == 1 for vectors in self.left.values()), "answered twice"
+        assert all(len({*vectors}) == 1 for vectors in self.left.values()), "answered twice"
         runs = stored.account.runs
         assert sum(document["kind"] == "reserve" for document in documents) == len(runs)
         for run in runs.values():
@@ -313,11 +320,19 @@ class Shop:
         assert self.release is not None
         assert epsilon([self.release.event] * len(self.left), 1e-5) <= 1.0 + 1e-9
 
+    def go_on(self, *, renew: bool) -> None:
+        """Ask for two sums, in a new session if it is time for one."""
+        if renew:
+            self.set_up()
+        self.ask()
+        self.ask()
+
     def crash_once(self) -> None:
         """Kill it somewhere in the next messages, check, and let the run go on."""
         if self.chance.random() < 0.1:
             if self.process is not None:
                 self.process.kill()
+                self.process = None
             self.die_at_the_start()
             self.outcomes["at the start"] += 1
         else:
@@ -326,18 +341,39 @@ class Shop:
             renew = self.session == 0 or self.chance.random() < 0.3
             messages = (2 if self.secure else 1) * renew + 2 * (3 if self.secure else 1)
             self.kill_in = self.chance.randrange(messages)
-            with suppress(Killed):
-                if renew:
-                    self.set_up()
-                self.ask()
-                self.ask()
-            assert self.process is None, "nobody was killed"
+            with pytest.raises(Killed) as killed:
+                self.go_on(renew=renew)
+            self.start()
+            self.ask_again(killed.value)
         if self.left or self.session > 1:
             self.check()
-        self.start()
+        if self.process is None:
+            self.start()
         self.set_up()
         self.ask()  # the run goes on
         self.check()
+
+    def ask_again(self, killed: Killed) -> None:
+        """Ask once more what it was asked when it died, and keep what leaves."""
+        assert self.process is not None
+        before = self._charges()
+        send(self.process.connection, Command(killed.method, killed.message))
+        kind, content, _ = receive(self.process.connection)
+        refusal = content if kind == ERROR else getattr(content, "refusal", "")
+        self.outcomes[f"{killed.method} again, {'refused' if refusal else 'answered'}"] += 1
+        if killed.answer is not None and killed.method == "answer" and not self.secure:
+            assert "released before" in refusal, "a plain answer is kept in memory only"
+        elif killed.answer is not None:
+            assert not refusal
+            assert same(content, killed.answer), "two answers to one question"
+        if not refusal:
+            self.note(killed.method, killed.message, content)
+        if killed.method not in {"answer", "advertise"}:
+            assert self._charges() == before
+
+    def _charges(self) -> int:
+        account = read_ledger(self.merchant.ledger, BUDGET, self.key).account.runs.get(RUN)
+        return 0 if account is None else len(account.released)
 
     def end(self) -> None:
         """End its process and compare what the witness saw with what is in the file."""
@@ -346,6 +382,13 @@ class Shop:
         self.check()
         links = {e.link.hex() for e in read_ledger(self.merchant.ledger, BUDGET, self.key).entries}
         assert {line["link"] for line in self.witness.log()} <= links
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two answers are equal, byte for byte."""
+    return vars(one).keys() == vars(other).keys() and all(
+        np.array_equal(value, vars(other)[name]) for name, value in vars(one).items()
+    )
 
 
 def _is_over(process: Process) -> bool:
@@ -471,8 +514,9 @@ def test_killed_five_hundred_times(nursery: Nursery, in_memory: Path) -> None:
     """The same five hundred times; kills came before, between and after entry and answer."""
     outcomes = crash(nursery, in_memory, 500, 3)
     print(dict(outcomes))
-    assert outcomes.total() == 500
+    assert sum(count for where, count in outcomes.items() if "again" not in where) == 500
     assert {"no entry, no answer", "entry, no answer", "entry, answered"} <= outcomes.keys()
+    assert {"answer again, answered", "reveal again, answered"} <= outcomes.keys()
 
 
 @pytest.mark.slow

@@ -523,6 +523,44 @@ def test_merchants(merchant: Merchant, waiting: dict[str, Moment], kind: type[An
     assert accepted < thrown / 3
 
 
+def throw_after(merchant: Merchant, moment: Moment, number: int) -> tuple[int, int]:
+    """Throw spoiled messages at a merchant that answered the honest one; as above."""
+    kind, thrown, same = type(moment.message), 0, 0
+    merchant.at(moment)
+    honest = merchant.send(kind, pack(moment.message))
+    after = Moment(moment.message, deepcopy(merchant.state()), moment.pool)
+    before = merchant.remembers()
+    again = merchant.send(kind, pack(moment.message))
+    assert fingerprint(again.content) == fingerprint(honest.content)
+    assert merchant.remembers() == before
+    for field in fields_of(moment.message):
+        generator = Generator(f"after {number} {kind.__name__} {field}")
+        records = spoiled_records(moment.message, field, generator, moment.pool.get(field, []))
+        for record in islice(different(records, pack(moment.message)), EACH // 4):
+            reply = merchant.send(kind, record)
+            thrown += 1
+            refused = reply.has_error() or str(reply.content["hansa"].get("refusal", ""))
+            if not refused and kind is Advertise and field != "countersigned":
+                merchant.at(after)  # a new session; this one is forgotten
+                continue
+            assert merchant.remembers() == before
+            if not refused:
+                same += 1
+                assert field == "countersigned" or kind is Reveal, field
+                assert fingerprint(reply.content) == fingerprint(honest.content)
+    return thrown, same
+
+
+@pytest.mark.parametrize("kind", [*ASKED][1:], ids=lambda kind: kind.__name__)
+def test_merchants_that_answered(
+    merchant: Merchant, waiting: dict[str, Moment], kind: type[Any]
+) -> None:
+    """The same question gets the same bytes; no other question of an old step gets any."""
+    thrown, same = throw_after(merchant, waiting[kind.__name__], 2)
+    assert thrown > 25 * len(vars(waiting[kind.__name__].message))
+    assert same < thrown / 2
+
+
 def test_a_record_that_is_missing(merchant: Merchant, waiting: dict[str, Moment]) -> None:
     """Messages without any field of ours are refused as a whole."""
     for kind in ASKED:
@@ -652,7 +690,7 @@ def refused(action: Callable[[], object]) -> bool:
 def test_attested_and_advertised() -> None:
     """An advert is the honest one, or is not taken."""
     play, thrown = Play(), 0
-    for _field, _answer in answers(Attested("m000", "", False), 1, {}):
+    for _field, _answer in answers(Attested("m000", "", False, 0), 1, {}):
         thrown += 1
     pool = {"advert": play.adverts[1:], "merchant": ["m001"], "head": play.heads[1:]}
     honest = Advertised("m000", play.adverts[0], play.heads[0])
@@ -697,7 +735,7 @@ def test_sum_answer() -> None:
     vector, escrow = sent[0]
     pool = {"escrow": [sent[p][1] for p in (1, 2, 3)] + [play.escrows[0]], "merchant": ["m001"]}
     pool["head"] = play.heads[1:]
-    honest = SumAnswer("m000", "", escrow, play.heads[0], vector)
+    honest = SumAnswer("m000", "", False, escrow, play.heads[0], vector)
     for field, answer in answers(honest, 1, pool, play.public):
         thrown += 1
         if answer is None or answer.refusal:

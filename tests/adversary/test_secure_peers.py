@@ -39,7 +39,8 @@ from common.wire import (
     pack,
     unpack,
 )
-from server.coordinator import Coordinator, Outcome
+from server.coordinator import Coordinator
+from server.outcome import Outcome
 from server.secure_sum import CoordinatorSession
 from simulations.grid import FIRST_NODE, InProcessGrid
 from tests.adversary.secure_world import (
@@ -660,14 +661,14 @@ def lying(kind: str, reply: Message) -> Message:
     return reply
 
 
-def low_order(found: Shops) -> Callable[[Any, bytes], bytes]:
+def low_order(found: Shops) -> Callable[[Any, bytes, bytes], tuple[bytes, bytes]]:
     """Return an `advertise` whose signed keys have low order."""
 
-    def advertise(message: Any, head: bytes) -> bytes:
+    def advertise(message: Any, link: bytes, head: bytes) -> tuple[bytes, bytes]:
         context = session_context(message.run, message.session, message.contract)
-        unsigned = Advert("m001", bytes(32), b"\x01" + bytes(31), head, b"")
+        unsigned = Advert("m001", bytes(32), b"\x01" + bytes(31), link, b"")
         signature = found.identities[LIAR].sign(unsigned.signed(context))
-        return replace(unsigned, signature=signature).to_bytes()
+        return replace(unsigned, signature=signature).to_bytes(), head
 
     return advertise
 

@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,10 +371,13 @@ class TestRestart:
         for position in range(3):
             perhaps("confirm", position)
             message = found.reveal_message(position, 1, codes)
-            session.take_shares(position, found.workers[position].reveal(message).shares)
+            shares = found.workers[position].reveal(message).shares
+            session.take_shares(position, shares)
             restarted(found, tmp_path, position)
+            assert found.workers[position].reveal(message).shares == shares
+            other = Confirm(1, 1, to_bitmap((0, 1), 3))
             with pytest.raises(SecureSumError, match="step 1 is not under way"):
-                found.workers[position].reveal(message)
+                found.workers[position].confirm(other)
         assert np.array_equal(session.total(), exact)
 
     def test_a_crash_before_the_state_is_stored(
@@ -406,14 +409,28 @@ class TestRestart:
         assert paid(found) == [("update", 1, 0), ("update", 1, 1)]
 
     def test_a_crash_after_the_state_is_stored(self, tmp_path: Path) -> None:
-        """An answer that was lost on its way is lost: the step is not taken up again."""
+        """An answer that was lost on its way comes again; to no other question, and unpaid."""
         found = shops(tmp_path, 3, files=True)
         found.set_up()
-        found.ask(VICTIM, 1)
+        first = found.ask(VICTIM, 1)
+        kept = found.stores[VICTIM].load()
         restarted(found, tmp_path)
-        for attempt in (0, 1):
+        again = found.ask(VICTIM, 1)
+        assert again.vector.tobytes() == first.vector.tobytes()
+        assert replace(again, vector=first.vector) == first
+        others: list[dict[str, Any]] = [
+            {"attempt": 1},
+            {"round": 2},
+            {"stage": "census"},
+            {"customers_per_merchant": 41.0},
+            {"parameters": found.request(VICTIM, 1).parameters + 1.0},
+            {"active": to_bitmap((0, 1), 3)},
+            {"boxes": b""},
+        ]
+        for changed in others:
             with pytest.raises(SecureSumError, match="an old step is never taken up again"):
-                found.ask(VICTIM, 1, attempt=attempt)
+                found.ask(VICTIM, 1, **changed)
+        assert found.stores[VICTIM].load() == kept
         assert found.stores[VICTIM].load().phase is Phase.MASKED
         assert paid(found) == [("update", 1, 0)]
 
@@ -478,7 +495,8 @@ class TestRollback:
         assert found.stores[VICTIM].load() == before
         party = found.workers[VICTIM]._party  # the same step, with nobody who keeps a ledger
         truth = found.exact(VICTIM, before, found.request(VICTIM, 1), first)
-        masked, raw = party.mask(1, party.prepare(request), truth)
+        sent = party.mask(request, party.prepare(request), truth, b"")
+        masked, raw = sent.vector, sent.escrow
         assert np.array_equal(found.exact(VICTIM, before, request, masked), truth)
         what = occasion_hash("update", 1, 1, 40.0, request.parameters)
         context = secure_sum.step_context(before.roster_hash, 1, what, frozenset(range(4)))
@@ -566,8 +584,27 @@ class TestRollback:
         assert found.workers[VICTIM].share(roster).escrow
         path.write_bytes(raw)
         restarted(found, tmp_path)
-        with pytest.raises(SecureSumError, match=r"field 'roster': this step .* was taken before"):
-            found.workers[VICTIM].share(roster)
+        for message in (roster, roster, replace(roster, countersigned=b"")):  # ask as you will
+            with pytest.raises(SecureSumError, match=r"field 'roster': this step .* taken before"):
+                found.workers[VICTIM].share(message)
+        assert found.stores[VICTIM].load().phase is Phase.ADVERTISED
+
+    def test_a_file_from_after_the_answer_gives_that_answer(self, tmp_path: Path) -> None:
+        """What a file remembers to have sent leaves again, and nothing else does."""
+        found = shops(tmp_path, 3, files=True)
+        found.advertise()
+        roster, path = found.share_message(VICTIM), tmp_path / "m000.sealed"
+        first = found.workers[VICTIM].share(roster)
+        raw = path.read_bytes()
+        for position in (1, 2):
+            found.workers[position].share(found.share_message(position))
+        found.advertise(2)  # a new session; then the old file is put back
+        path.write_bytes(raw)
+        restarted(found, tmp_path)
+        assert found.workers[VICTIM].share(roster) == first
+        fewer = replace(roster, roster=roster.roster[:2])
+        with pytest.raises(SecureSumError, match="this session has its roster already"):
+            found.workers[VICTIM].share(fewer)
 
     def test_what_dealing_a_step_again_would_leak(self) -> None:
         """Without the ledger two texts are sealed with one key and nonce."""
@@ -605,7 +642,7 @@ class TestLateCompromise:
         """The secrets of a pair serve for a whole session: no forward secrecy until it is erased.
 
         All peers' files, taken while the session goes on, unmask what was recorded in it. After
-        the run's last sum there is no such file.
+        the run's last sum they hold what was sent, and no key.
         """
         found = shops(tmp_path, 4, files=True)
         found.set_up()
@@ -633,12 +670,15 @@ class TestLateCompromise:
         assert equal_words(unmasked_alone(masked, VICTIM, context, secret, fewer), truth) <= 1
         stage, last = found.workers[VICTIM]._plan.last(found.contract.training.rounds)
         step(2, stage=stage, round=last)
-        for position, identity in enumerate(found.identities):
-            path = tmp_path / f"{identity.merchant}.sealed"
-            assert not path.exists()
-            with pytest.raises(SecureSumError, match="no session under way"):
-                found.stores[position].load()
+        over = [store.load() for store in found.stores]
+        for left in over:
+            sent = {"question", "vector", "dtype", "escrow", "head", "confirmations", "shares"}
+            assert all({*one} <= sent | {"label", "survivors"} for one in left.replies.values())
+            assert {*left.replies} == {"update", "confirm", "reveal"}
+            empty = State(left.context, 1, Phase.OVER, b"", b"", left.own_advert)
+            assert replace(left, replies={}) == empty
         kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+        kept += b"".join(secure_sum.state_to_bytes(state) for state in over)
         pairs = [pair for peer in peers.values() for pair in peer.pairs.values()]
         values = [value for pair in pairs for value in vars(pair).values()]
         assert not any(form in kept for value in values for form in spellings(value))

@@ -807,13 +807,14 @@ class TestWorkers:
         """The retry has noise and a charge of its own; nothing is masked twice."""
         server = shops(tmp_path)
         server.set_up()
-        vectors = []
+        vectors, answers = [], []
         for attempt in (0, 1):
             before = [deepcopy(store.load()) for store in server.stores]
             for position in range(3):
                 answer = server.ask(position, attempt + 1, attempt=attempt)
                 assert not answer.refusal
                 if position == VICTIM:
+                    answers.append(answer)
                     request = server.request(VICTIM, attempt + 1, attempt=attempt)
                     vectors.append(
                         server.exact(VICTIM, before[VICTIM], request, answer.vector).view(np.int32)
@@ -826,8 +827,13 @@ class TestWorkers:
         share = alone.event.noise_multiplier * alone.steps / np.sqrt(2)
         assert not np.any(difference == 0)
         assert 0.5 < difference.std() / (share * np.sqrt(2)) < 1.6  # two independent shares
+        again = server.ask(VICTIM, 2, attempt=1)  # the last question, once more
+        assert (again.refusal, again.vector.tobytes()) == ("", answers[-1].vector.tobytes())
+        assert again.escrow == answers[-1].escrow
         for attempt in (0, 1):
             for step in (1, 2, 3):
+                if (attempt, step) == (1, 2):
+                    continue
                 if step < 3:
                     with pytest.raises(SecureSumError, match="an old step is never taken up"):
                         server.ask(VICTIM, step, attempt=attempt)
@@ -939,10 +945,12 @@ class TestTwoMessagesAtOnce:
             if not stale:
                 message = Advertise("run", server.contract.sha256, 1, b"")
                 party = server.workers[VICTIM]._party
-                stale.append(Advertised("m000", party.advertise(message, bytes(32)), b""))
+                advert, head = party.advertise(message, bytes(32), b"")
+                stale.append(Advertised("m000", advert, head))
                 adverts = [stale[0].advert]
                 adverts += [w.advertise(message).advert for w in server.workers[1:]]
-                party.share(Share("run", server.contract.sha256, 1, b"", adverts))
+                share = Share("run", server.contract.sha256, 1, b"", adverts)
+                party.share(share, lambda _roster: b"")
             return NoiseSource.fresh()
 
         server.workers[VICTIM] = worker_of(server, VICTIM, tmp_path, noise_for=meanwhile)

@@ -581,6 +581,16 @@ def share_of(number: int, roster: list[bytes]) -> Share:
     return Share("run", "contract", number, b"", roster)
 
 
+def joined(_roster: str) -> bytes:
+    """Stand for a ledger that lets every roster be joined."""
+    return b"joined"
+
+
+def never_joined(_roster: str) -> bytes:
+    """Stand for a ledger that must not be asked."""
+    raise AssertionError("joined again")
+
+
 class TestParty:
     """The merchant's side of the messages."""
 
@@ -605,11 +615,12 @@ class TestParty:
         context = session_context("run", number, "contract")
         session = CoordinatorSession(context, parties[0].members, 3)
         for party in parties:
-            advert = party.advertise(Advertise("run", "contract", number, b""), HEAD, b"head")
+            message = Advertise("run", "contract", number, b"")
+            advert, _ = party.advertise(message, HEAD, b"head")
             session.take_advert(advert, party.identity.merchant)
         roster = session.close_roster()
         for position, party in enumerate(parties):
-            session.take_escrow(position, party.share(share_of(number, roster))[0])
+            session.take_escrow(position, party.share(share_of(number, roster), joined)[0])
         return session
 
     @staticmethod
@@ -623,7 +634,7 @@ class TestParty:
         """Every message but the first needs one."""
         party = self.parties()[0]
         messages = [
-            lambda: party.share(share_of(1, [])),
+            lambda: party.share(share_of(1, []), joined),
             lambda: party.confirm(Confirm(1, 1, b"")),
             lambda: party.reveal(Reveal(1, 1, b"", b"")),
         ]
@@ -634,7 +645,7 @@ class TestParty:
     def test_an_advert_holds_the_ledgers_head(self) -> None:
         """It is signed together with the keys."""
         party = self.parties()[0]
-        raw = party.advertise(Advertise("run", "contract", 1, b""), HEAD, b"head")
+        raw, _ = party.advertise(Advertise("run", "contract", 1, b""), HEAD, b"head")
         assert Advert.from_bytes(raw).head == HEAD
 
     def test_another_sessions_number_is_refused(self) -> None:
@@ -658,10 +669,10 @@ class TestParty:
     def test_a_roster_of_another_run_or_contract_is_refused(self, change: dict[str, str]) -> None:
         """Before anything is dealt."""
         party = self.parties()[0]
-        advert = party.advertise(Advertise("run", "contract", 1, b""), HEAD, b"head")
+        advert, _ = party.advertise(Advertise("run", "contract", 1, b""), HEAD, b"head")
         message = replace(share_of(1, [advert]), **change)  # type: ignore[arg-type]
         with pytest.raises(SecureSumError, match="of another run or contract"):
-            party.share(message)
+            party.share(message, joined)
 
     @pytest.mark.parametrize("kind", ["memory", "files"])
     def test_a_whole_step_tells_what_was_summed(self, kind: str, tmp_path: Path) -> None:
@@ -684,7 +695,7 @@ class TestParty:
             session.take_shares(position, shares)
         expected = np.sum(vectors, axis=0, dtype=np.uint32)
         np.testing.assert_array_equal(session.total(), expected)
-        parties[0].forget()
+        parties[0].forget("run", 1, "contract")
         with pytest.raises(SecureSumError, match="step 2 is not under way"):
             parties[0].confirm(Confirm(1, 2, survivors))
         with pytest.raises(SecureSumError, match="this session is over"):
@@ -703,16 +714,16 @@ class TestParty:
         """Byte for byte, at every stage, also when the session's keys were erased."""
         parties = self.parties(tmp_path if kind == "files" else None)
         message = Advertise("run", "contract", 1, b"")
-        first = parties[0].advertise(message, HEAD, b"head")
+        first, _ = parties[0].advertise(message, HEAD, b"head")
         assert parties[0].advertised(message) == (first, b"head")
         assert parties[0].advertised(replace(message, countersigned=b"later")) == (first, b"head")
         assert parties[0].advertised(replace(message, run="other")) is None
         session = self.session(parties)
         assert parties[0].advertised(message) is None  # a roster is there: keys are used once
         roster = [advert.to_bytes() for advert in session.roster.adverts]
-        escrow, _, again = parties[0].share(share_of(1, roster))
-        assert again
-        assert escrow == session._escrows[0].to_bytes()
+        for asked in (share_of(1, roster), replace(share_of(1, roster), countersigned=b"later")):
+            kept = parties[0].share(asked, never_joined)
+            assert kept == (session._escrows[0].to_bytes(), b"joined")
         session.begin(bytes(32), 2, np.uint32)
         request = self.request(session, 0, "update")
         for position, party in enumerate(parties):
@@ -738,7 +749,7 @@ class TestParty:
         reveal = Reveal(1, 1, *session.confirmations_for(0))
         shares = parties[0].reveal(reveal)
         assert parties[0].reveal(reveal) == shares
-        parties[0].forget()
+        parties[0].forget("run", 1, "contract")
         assert parties[0].reveal(reveal) == shares
         assert parties[0].masked(request) is not None
 

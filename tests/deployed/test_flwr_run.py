@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from clients.secure_sum import Phase, State
+from clients.session_store import FileStore
 from common.budget import Budget
 from common.contract import contract_toml, read_contract
 from common.identity import read_identity, read_members
@@ -112,7 +115,13 @@ def test_flwr_run_gives_the_model_that_simulate_gives(
         if secure:
             assert account.survivors == dict.fromkeys(account.released, 5)
             assert account.settled
-        assert not file.with_name("session.sealed").exists()  # the last sum was unmasked
+        sealed = file.with_name("session.sealed")
+        assert sealed.exists() == secure
+        if secure:  # the last sum was unmasked: what was sent is kept, and no key
+            identity = read_identity(file.parent.name, file.with_name("identity.key"))
+            left = FileStore(sealed, identity).load()
+            empty = State(left.context, left.number, Phase.OVER, b"", b"", left.own_advert)
+            assert replace(left, replies={}) == empty
     heads = Witness(
         flowers / "server" / "witness.sqlite",
         read_identity("coordinator", flowers / "server" / "identity.key"),

@@ -12,13 +12,14 @@ from flwr.clientapp import ClientApp
 
 from clients.app import create_app
 from clients.secure_party import SecureParty
+from clients.secure_sum import MerchantSession
 from clients.session_store import MemoryStore
 from common.contract import Contract
 from common.errors import SecureSumError
 from common.fixed_point import Lattice
 from common.identity import Identity, Members
 from common.plan import CENSUS, UPDATE, lattice_of, plan_of
-from common.session import accusation
+from common.session import accusation, session_context
 from common.wire import (
     Advertise,
     Advertised,
@@ -130,12 +131,12 @@ class Bench:
     def advertised(self, number: int, message: Advertise) -> Advertised:
         """Show keys and head."""
         head = self.heads[number]
-        advert = self.parties[number].advertise(message, head.link, b"")
+        advert, _ = self.parties[number].advertise(message, head.link, b"")
         return Advertised(self.name(number), advert, head.to_bytes())
 
     def shared(self, number: int, message: Share) -> Shared:
         """Deal the first step's shares."""
-        escrow, *_ = self.parties[number].share(message)
+        escrow, _ = self.parties[number].share(message, lambda _roster: b"")
         return Shared(self.name(number), escrow, self.heads[number].to_bytes())
 
     def summed(self, number: int, request: SumRequest) -> SumAnswer:
@@ -320,8 +321,9 @@ class TestSums:
 
         def tamper(answer: Any, number: int) -> Any:
             if number == 2 and isinstance(answer, Advertised):
-                message = Advertise("run", secure.sha256, 1, b"")
-                return replace(answer, advert=bench.parties[2].advertise(message, bytes(32), b""))
+                party, context = bench.parties[2], session_context("run", 1, secure.sha256)
+                other = MerchantSession.advertise(party.identity, party.members, 3, context, 1)
+                return replace(answer, advert=other.advert)
             return answer
 
         bench = Bench(secure, 5, tamper=tamper)
@@ -599,9 +601,7 @@ class TestBothWays:
         grid = InProcessGrid(app, len(members), {})
         nodes = {number + FIRST_NODE: one.merchant for number, one in enumerate(members)}
         archive, plan = open_archive(federation.server), plan_of(contract)
-        cohort = Cohort(
-            grid, Patience(SILENCE_S), archive.witness, federation.enrolled, nodes
-        )
+        cohort = Cohort(grid, Patience(SILENCE_S), archive.witness, federation.enrolled, nodes)
         run = Run("run", contract, cohort)
         ask = PlainSums(run).ask
         if contract.aggregation.secure:
