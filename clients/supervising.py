@@ -42,13 +42,13 @@ _LOOK_S = 1.0
 class WorkerHealth:
     """Says whether a worker is well: it answers, or said a short while ago that it is busy."""
 
-    link: WorkerLink
+    ask: Callable[[], dict[str, Any] | None]
     clock: Callable[[], float] = time.monotonic
     _until: float = field(default=0.0, init=False)
 
     def __call__(self) -> bool:
         """Ask it."""
-        found = self.link.health()
+        found = self.ask()
         if found is not None:
             self._until = self.clock() + _BUSY_S.get(str(found.get("state")), 0.0)
             return True
@@ -77,7 +77,7 @@ def children_of(
             command=tuple(worker),
             log=places.log(WORKER),
             env=FLOWER_ENVIRONMENT,
-            healthy=WorkerHealth(link),
+            healthy=WorkerHealth(link.health),
             hang_s=_HANG_S,
         ),
         Child(

@@ -1,5 +1,6 @@
 """The app bundle (FAB) of a deployed federation, built from `server/flower_app`."""
 
+import warnings
 from pathlib import Path
 
 from common.errors import SuperLinkError
@@ -30,4 +31,6 @@ def bundle() -> bytes:
             raise SuperLinkError(
                 f"{FOLDER / name}: cannot be read ({error.strerror}); install Hansa anew"
             ) from None
-    return build_fab_from_files(contents)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower's own, about a library of its
+        return build_fab_from_files(contents)[0]

@@ -78,12 +78,12 @@ class SuperLink:
 
     def begin_run(self, fab: bytes | None = None) -> int:
         """Begin a run, with an app bundle or without."""
-        fab_hash = None
+        app: tuple[str | None, ...] = (None, None, None)
         if fab is not None:
-            fab_hash = hashlib.sha256(fab).hexdigest()
-            self.state.store_fab(Fab(fab_hash, fab, {}))
+            app = ("hansa/hansa-deployed", "1.0.0", hashlib.sha256(fab).hexdigest())
+            self.state.store_fab(Fab(str(app[2]), fab, {}))
         run = self.state.create_run(
-            None, None, fab_hash, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+            *app, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )
         task = next(task for task in self.state.get_tasks() if task.run_id == run)
         self.state.claim_task(task.task_id)
