@@ -9,7 +9,8 @@ from common.errors import WireError
 
 def content_to_bytes(content: RecordDict) -> bytes:
     """Return a message's content as bytes."""
-    return recorddict_to_proto(content).SerializeToString()
+    encoded: bytes = recorddict_to_proto(content).SerializeToString()
+    return encoded
 
 
 def content_from_bytes(encoded: bytes) -> RecordDict:
