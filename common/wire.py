@@ -1,12 +1,11 @@
 """Typed, versioned messages <-> Flower records. The only place that knows record keys."""
 
 import hashlib
-import io
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import WireError
 
@@ -14,7 +13,7 @@ PROTOCOL = 4
 _MAX_TEXT = 1000
 _MAX_BYTES = 2**20  # of one field; the largest, an escrow, has 136 bytes a merchant
 _MAX_PARTS = 1000  # of a list
-_CONFIG, _ARRAYS, _VECTOR = "hansa", "hansa.arrays", "vector"
+_CONFIG, _VECTOR, _DTYPE = "hansa", "vector", "vector_dtype"
 
 Parameters = np.ndarray[Any, np.dtype[np.float64]]  # of a model
 RingVector = np.ndarray[Any, np.dtype[np.uint32]]  # or uint64: lattice steps modulo the ring
@@ -160,18 +159,19 @@ _HINTS: dict[str, dict[str, Any]] = {
 
 
 def pack(message: WireMessage) -> RecordDict:
-    """Return the message as a Flower record."""
+    """Return the message as a Flower record.
+
+    A vector is bytes among the other fields, not one of Flower's arrays: an array is three
+    objects more that each travel in two requests of their own.
+    """
     config: dict[str, Any] = {"protocol": PROTOCOL, "type": type(message).__name__}
-    arrays: dict[str, Array] = {}
     for name, value in vars(message).items():
         if isinstance(value, np.ndarray):
-            arrays[_VECTOR] = Array(value)
+            config[_DTYPE] = value.dtype.name if value.ndim == 1 else f"{value.ndim} axes"
+            config[_VECTOR] = value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
         else:
             config[name] = value
-    records = RecordDict({_CONFIG: ConfigRecord(config)})
-    if arrays:
-        records[_ARRAYS] = ArrayRecord(arrays)
-    return records
+    return RecordDict({_CONFIG: ConfigRecord(config)})
 
 
 def unpack(kind: type[M], content: RecordDict) -> M:
@@ -185,9 +185,7 @@ def unpack(kind: type[M], content: RecordDict) -> M:
     values: dict[str, Any] = {}
     for name, hint in _HINTS[kind.__name__].items():
         dtypes = _DTYPES.get(hint)
-        values[name] = (
-            _vector(content, dtypes) if dtypes else _READERS[hint](config.get(name), name)
-        )
+        values[name] = _vector(config, dtypes) if dtypes else _READERS[hint](config.get(name), name)
     return kind(**values)
 
 
@@ -276,25 +274,12 @@ _READERS: dict[Any, Any] = {
 }
 
 
-def _vector(content: RecordDict, dtypes: tuple[str, ...]) -> np.ndarray:
-    record = content.get(_ARRAYS)
-    if not isinstance(record, ArrayRecord) or list(record) != [_VECTOR]:
-        raise WireError(f"field '{_VECTOR}': expected one array")
-    array = record[_VECTOR]
-    if array.dtype not in dtypes or len(array.shape) != 1 or array.stype != "numpy.ndarray":
+def _vector(config: dict[str, Any], dtypes: tuple[str, ...]) -> np.ndarray:
+    """Read a vector: little-endian numbers, one behind the other."""
+    name, raw = config.get(_DTYPE), config.get(_VECTOR)
+    if name not in dtypes:
         raise WireError(f"field '{_VECTOR}': expected one axis of {' or '.join(dtypes)}")
-    length, dtype = array.shape[0], np.dtype(array.dtype)
-    header = _npy_header(length, dtype)
-    if len(array.data) != len(header) + dtype.itemsize * length or not array.data.startswith(
-        header
-    ):
-        raise WireError(f"field '{_VECTOR}': the bytes and their description differ")
-    return np.frombuffer(array.data, dtype=dtype, offset=len(header)).copy()
-
-
-def _npy_header(length: int, dtype: np.dtype[Any]) -> bytes:
-    """Return how numpy starts a vector's file: hostile headers are compared, never parsed."""
-    header = io.BytesIO()
-    description = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
+    dtype = np.dtype(name).newbyteorder("<")
+    if not isinstance(raw, bytes) or len(raw) % dtype.itemsize:
+        raise WireError(f"field '{_VECTOR}': expected whole numbers of type {name}, as bytes")
+    return np.frombuffer(raw, dtype=dtype).astype(np.dtype(name))

@@ -32,7 +32,7 @@ FLOWER_ENVIRONMENT: Mapping[str, str] = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-_TASK_POLL_S = "0.2"  # Flower's default of a second is a second more before every run
+_TASK_POLL_S = "0.5"  # Flower's default of a second is a second more before every run
 _SECRETS = ("password", "sslpassword")
 _ITS_OWN = "/v1/fleet/hansa/ca"  # answered by the gateway, even where the SuperLink is down
 _PROBE_S = 3.0

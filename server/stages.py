@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 
 UNAVAILABLE = "worker unavailable"  # how a node's error begins whose worker did not answer
 
-_POLL_S, _LONGEST_POLL_S, _SLOWER = 0.05, 0.3, 1.2
+_POLL_S, _LONGEST_POLL_S, _SLOWER = 0.05, 0.5, 1.3
 _WAIT_S = 2.0  # between two calls of `on_wait`
 _PASSING = frozenset(  # errors after which the same message may find its merchant again
     {
