@@ -102,7 +102,8 @@ def _options(name: str) -> str:
 
 
 def _argument_word(parameter: click.Parameter) -> str:
-    word = (parameter.name or "").upper() + ("..." if parameter.nargs == -1 else "")
+    stated = str(getattr(parameter, "metavar", None) or (parameter.name or "").upper())
+    word = stated.removesuffix("...") + ("..." if parameter.nargs == -1 else "")
     return word if parameter.required else f"[{word}]"
 
 
@@ -135,11 +136,7 @@ def _value(option: click.Parameter) -> str:
 
 def _model(name: str) -> str:
     """Describe every section and key of a file that a pydantic model validates."""
-    if name == "contract":
-        from common.contract import Contract as Model
-    else:
-        from clients.merchant import Merchant as Model  # type: ignore[assignment]
-    schema = Model.model_json_schema()
+    schema = _schema_of(name)
     top = [(key, part) for key, part in schema["properties"].items() if not _section(part)]
     parts = []
     if top:
@@ -148,6 +145,23 @@ def _model(name: str) -> str:
         if _section(part):
             parts += _section_text(key, part, schema, key not in schema.get("required", []))
     return "\n\n".join(parts)
+
+
+def _schema_of(name: str) -> Schema:
+    """Return the JSON schema of a file that people write."""
+    if name == "contract":
+        from common.contract import Contract
+
+        return Contract.model_json_schema()
+    if name == "server":
+        from server.settings import Settings
+
+        schema = Settings.model_json_schema()
+        del schema["properties"]["folder"]  # is known, not read
+        return schema
+    from clients.merchant import Merchant
+
+    return Merchant.model_json_schema()
 
 
 def _section(part: Schema) -> str | None:
