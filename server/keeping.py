@@ -26,7 +26,8 @@ class LeaseKeeper:
     _round: int = 0
     _beaten: float = field(default=0.0)
     _stop: bool = False
-    _told: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _running: bool = False
+    _told: dict[str, tuple[int, str, str]] = field(default_factory=dict)
 
     @property
     def run(self) -> str:
@@ -40,8 +41,9 @@ class LeaseKeeper:
 
     def save(self, checkpoint: bytes, *, round: int, epsilon: float, cohort: int) -> None:
         """Keep a checkpoint, whole or not at all."""
-        if not self._beaten:
+        if not self._running:
             self.lease.running()
+            self._running = True
         self._round = round
         self.lease.save(checkpoint, round=round, epsilon=epsilon, cohort=cohort)
         self.beat(f"round {min(round + 1, self.rounds)} of {self.rounds}")
@@ -56,12 +58,12 @@ class LeaseKeeper:
 
     def attendance(self, states: Mapping[str, tuple[str, str]]) -> None:
         """Tell of merchants what they do, and what went wrong last."""
-        now = time.time()
-        changed = {name: told for name, told in states.items() if self._told.get(name) != told}
+        now, told = time.time(), {name: (self._round, *state) for name, state in states.items()}
+        changed = {name: row for name, row in told.items() if self._told.get(name) != row}
         self.lease.merchants(
             [
-                MerchantRow(name, state, self._round, error, now)
-                for name, (state, error) in changed.items()
+                MerchantRow(name, state, number, error, now)
+                for name, (number, state, error) in changed.items()
             ]
         )
         self._told.update(changed)
