@@ -75,9 +75,11 @@ class Attendance:
         """Take in merchants that came since the last look; return their names."""
         before = {*self.cohort.members.values()}
         self._attest()
-        came = sorted({*self.cohort.members.values()} - before)
-        for name in came:
-            if not self._knows_everybody(name, before):
+        taken = {*before}
+        for name in sorted({*self.cohort.members.values()} - before):
+            if self._knows_everybody(name, taken):
+                taken.add(name)
+            else:
                 self._leave_out(name)
         return sorted({*self.cohort.members.values()} - before)
 

@@ -78,11 +78,13 @@ class Coordinator:
         self._on_round = on_round
         self._plan = plan_of(contract)
         self._per_merchant = 0.0  # noisy training customers of a merchant, from the census
+        self._most_customers = 0.0  # all that there may be, noise allowed for
         self._keeper, self._wait_s = circumstances.keeper, circumstances.wait_s
         run = secrets.token_hex(8) if self._keeper is None else self._keeper.run
         self._outcome = Outcome(run, initial_parameters(contract), 0.0)
         self._optimizer = Optimizer(contract.training, self._outcome.parameters)
         self._asking = _NOTHING  # the attempt at a sum that is under way
+        self._asked: set[str] = set()  # merchants that may have been asked in it
         self._done: set[tuple[str, int]] = set()  # sums that came about, or were given up
         self._cohort = Cohort(
             grid,
@@ -114,6 +116,7 @@ class Coordinator:
             self._begin()
         if self._is_due(CENSUS, 0):
             self._census()
+        self._check_room()
         evaluated = set(evaluation_rounds(self._contract))
         for number in range(1, training.rounds + 1):
             self._round(number, evaluated)
@@ -156,7 +159,8 @@ class Coordinator:
         outcome = self._outcome
         census = self._sum(CENSUS, 0, outcome.parameters)
         outcome.customers = max(float(census.total[0]), 1.0)
-        self._check_room(census)
+        most = float(census.total[0]) + 6 * census.stddev
+        self._most_customers = most / (1 - self._contract.training.held_out)
         self._per_merchant = outcome.customers / len(census.merchants)
         self._finish(CENSUS, 0)
 
@@ -200,11 +204,13 @@ class Coordinator:
                 "contract": self._sha256,
                 "outcome": self._outcome.document,
                 "per_merchant": self._per_merchant,
+                "most_customers": self._most_customers,
                 "steps": self._optimizer.steps,
                 "optimizer": optimizer,
                 "done": sorted([stage, number] for stage, number in self._done),
                 "members": {str(node): name for node, name in self._cohort.members.items()},
                 "asking": list(self._asking),
+                "paying": sorted(self._asked),
                 "asked": sorted(self._attendance.asked),
                 "pinned": self._attendance.pinned,
                 "accusers": {name: sorted(by) for name, by in self._cohort.accusers.items()},
@@ -222,9 +228,11 @@ class Coordinator:
             )
         self._outcome.restore(document["outcome"])
         self._per_merchant = float(document["per_merchant"])
+        self._most_customers = float(document["most_customers"])
         arrays = {name: checkpoint.from_text(text) for name, text in document["optimizer"].items()}
         self._optimizer.restore(int(document["steps"]), arrays)
         self._done = {(stage, int(number)) for stage, number in document["done"]}
+        self._asked = {*document["paying"], *document["members"].values()}
         enrolled = self._cohort.enrolled.keys
         self._cohort.members.update(
             {int(node): name for node, name in document["members"].items() if name in enrolled}
@@ -281,12 +289,16 @@ class Coordinator:
             self._outcome.failures[f"{stage} of round {number}"] = str(error)
             return None
 
-    def _check_room(self, census: NoisySum) -> None:
-        """End the run where sums could be larger than the ring."""
-        aggregation, held_out = self._contract.aggregation, self._contract.training.held_out
-        if (census.total[0] + 6 * census.stddev) / (1 - held_out) > aggregation.max_customers:
+    def _check_room(self) -> None:
+        """End the run where sums could be larger than the ring.
+
+        Raises:
+            RunError: They could.
+        """
+        aggregation, customers = self._contract.aggregation, self._outcome.customers
+        if self._most_customers > aggregation.max_customers:
             raise RunError(
-                f"the federation has about {census.total[0]:,.0f} training customers (noisy); the "
+                f"the federation has about {customers:,.0f} training customers (noisy); the "
                 f"contract has room for {aggregation.max_customers:,} customers "
                 "(aggregation.max_customers)"
             )
@@ -299,7 +311,8 @@ class Coordinator:
         lattice = lattice_of(release, self._contract)
         for attempt in range(self._first(stage, number), self._contract.training.spare_rounds + 1):
             self._beat()
-            if len(self._cohort.members) < self._contract.min_survivors:
+            again = self._asking == (stage, number, attempt)  # an earlier process may have asked
+            if len(self._cohort.members) < self._contract.min_survivors and not again:
                 break  # nobody pays for an attempt that cannot succeed
             self._check_affordable(stage, number, release.event)
             request = SumRequest(
@@ -316,16 +329,18 @@ class Coordinator:
                 b"",
                 parameters,
             )
-            asked = sorted(self._cohort.members.values())
-            again = self._announce(stage, number, attempt)
+            if not again:
+                self._announce(stage, number, attempt)
+            self._asked |= {*self._cohort.members.values()}
             try:
                 found = self._sums.ask(request, release.length, lattice)
             except SecureSumError as error:
                 self._cohort.failures[f"{stage} of round {number}"] = str(error)
                 if not again:
                     continue
-                found = None  # an earlier process may have asked, and merchants paid
-            self._record_sum(request, release.event, asked, found, lattice)
+                found = None  # merchants may have paid
+            self._asked |= {*self._cohort.members.values()}  # and those that came meanwhile
+            self._record_sum(request, release.event, found, lattice)
             self._outcome.events.append((stage, release.event))
             self._outcome.occasions.append((stage, number, attempt))
             self._outcome.survivors.append(None if found is None else found.fewest)
@@ -346,18 +361,16 @@ class Coordinator:
         over = [a for s, n, a in self._outcome.occasions if (s, n) == (stage, number)]
         return max(over, default=-1) + 1
 
-    def _announce(self, stage: str, number: int, attempt: int) -> bool:
-        """Keep what is about to be asked; return whether an earlier process asked it."""
-        again, self._asking = self._asking == (stage, number, attempt), (stage, number, attempt)
-        if self._keeper is not None and not again:
+    def _announce(self, stage: str, number: int, attempt: int) -> None:
+        """Keep what is about to be asked."""
+        self._asking, self._asked = (stage, number, attempt), set()
+        if self._keeper is not None:
             self._save()
-        return again
 
     def _record_sum(
         self,
         request: SumRequest,
         event: Event,
-        asked: list[str],
         found: LatticeSum | None,
         lattice: Lattice,
     ) -> None:
@@ -369,7 +382,7 @@ class Coordinator:
             event=to_document(event),
             customers_per_merchant=request.customers_per_merchant,
             parameters=parameters_sha256(request.parameters),
-            asked=asked,
+            asked=sorted(self._asked),
             merchants=None if found is None else sorted(found.merchants),
             fewest=None if found is None else found.fewest,
             lattice_step=lattice.step,

@@ -67,6 +67,7 @@ class SecureSums:
         self._record = record
         self._sessions = 0
         self._groups: list[_Group] = []
+        self._taken_up = False  # members may have confirmed other survivors to another process
         self._left_over: set[str] = set()  # merchants that no group has room for
         self._liars: set[str] = set()  # merchants that a third of their group or more accuse
 
@@ -86,7 +87,8 @@ class SecureSums:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         enrolled, minimum = self._cohort.enrolled, self._contract.min_survivors
-        self._sessions = int(state["sessions"])
+        self._sessions, self._taken_up = int(state["sessions"]), True
+        self._left_over, self._liars = {*state["left_over"]}, {*state["liars"]}
         self._groups = [
             _Group(
                 int(group["number"]),
@@ -96,7 +98,6 @@ class SecureSums:
             )
             for group in state["groups"]
         ]
-        self._left_over, self._liars = {*state["left_over"]}, {*state["liars"]}
 
     def ask(self, request: SumRequest, length: int, lattice: Lattice) -> LatticeSum | None:
         """Return the sum over all groups that could be unmasked; None where there is none.
@@ -124,7 +125,11 @@ class SecureSums:
             raise SecureSumError("too few merchants are in a session; nobody was asked")
         self._collect(under_way, request, length, lattice)
         under_way = self._confirm(under_way)
-        return self._unmasked(self._reveal(under_way), lattice)
+        found = self._unmasked(self._reveal(under_way), lattice)
+        if found is None and self._taken_up:
+            self._groups = []
+        self._taken_up = False
+        return found
 
     def _stale(self) -> bool:
         """Tell whether sessions are missing, too small, or without members that came back."""
