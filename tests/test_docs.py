@@ -207,6 +207,49 @@ class TestCommands:
         assert bool(done.stderr) == bool(code)
 
 
+def typed(page: Path) -> list[str]:
+    """Return every `hansa` command that a page shows, as it is typed."""
+    lines = [line for b in blocks(page) if b.kind == "console" for line in b.text.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ hansa ")]
+
+
+class TestTyped:
+    """Commands that the pages show, whether or not they are run by a test."""
+
+    @pytest.mark.parametrize("page", [page for page in PAGES if typed(page)], ids=name_of)
+    def test_a_shown_command_and_its_options_exist(self, page: Path) -> None:
+        """Whoever copies a line gets a command that is there."""
+        for line in typed(page):
+            words = shlex.split(line)[1:]
+            name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
+            assert name is not None, line
+            known = {option for part in COMMANDS[name].params for option in part.opts}
+            for word in words:
+                assert not word.startswith("--") or word in known, f"{line}: {word}"
+
+    def test_ten_minutes_begins_with_eight_commands(self) -> None:
+        """The first block of the page is the whole way, and nothing but commands."""
+        first = next(b for b in blocks(ROOT / "docs/ten-minutes.md") if b.kind == "console")
+        lines = first.text.splitlines()
+        assert len(lines) == 8
+        assert all(line.startswith("$ hansa ") for line in lines)
+
+
+class TestMetrics:
+    """Lists of metrics."""
+
+    @pytest.mark.parametrize(
+        ("module", "page"), [("server", "operators.md"), ("clients", "merchants.md")]
+    )
+    def test_every_metric_is_listed(self, module: str, page: str) -> None:
+        """Each name that the program gives a metric is on the page."""
+        source = (ROOT / module / "metrics.py").read_text(encoding="utf-8")
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        names = set(re.findall(r'"(hansa_[a-z_]+)"', source))
+        assert len(names) > 4
+        assert [name for name in sorted(names) if f"`{name}" not in text] == []
+
+
 class TestFindings:
     """Codes of findings."""
 
@@ -303,6 +346,13 @@ class TestManners:
         """What was true of the first version is nowhere promised any more."""
         text = page.read_text(encoding="utf-8")
         for stale in ("does not mask", "not masked yet", "Not in this version: must be false"):
+            assert stale not in text
+
+    @pytest.mark.parametrize("page", PAGES, ids=name_of)
+    def test_no_page_says_that_deployment_is_missing(self, page: Path) -> None:
+        """Contracts are signed, and real federations run."""
+        text = page.read_text(encoding="utf-8")
+        for stale in ("is not signed in this version", "is not there yet", "- Signed contracts"):
             assert stale not in text
 
     def test_a_change_of_what_is_released_is_in_the_changelog(self) -> None:
