@@ -29,6 +29,7 @@ from common.wire import (
     SumAnswer,
     SumRequest,
     WireMessage,
+    fingerprint,
     pack,
     unpack,
 )
@@ -333,3 +334,46 @@ class TestFuzz:
         except WireError:
             return
         assert answer.vector.tobytes() == raw
+
+
+class TestFingerprint:
+    """What tells one question from another."""
+
+    @given(MESSAGES, MESSAGES)
+    @settings(deadline=None)
+    def test_equal_for_equal_messages_only(self, one: WireMessage, other: WireMessage) -> None:
+        """Also after both went over the wire; a countersignature makes no difference."""
+        kind = type(one)
+        assert fingerprint(unpack(kind, carried(pack(one)))) == fingerprint(one)
+        same = repr(without_countersignature(one)) == repr(without_countersignature(other))
+        assert (fingerprint(one) == fingerprint(other)) == same
+
+    @pytest.mark.parametrize("message", ONE_OF_EACH, ids=lambda m: type(m).__name__)
+    def test_every_field_counts(self, message: Any) -> None:
+        """All but the countersignature, which changes when a question is asked again."""
+        for name, value in vars(message).items():
+            if isinstance(value, np.ndarray):
+                others: list[Any] = [value + value.dtype.type(1), value[:-1], value[:0]]
+            elif isinstance(value, list):
+                others = [value[::-1], [b"".join(value)], [*value, b""], []]
+            elif isinstance(value, bool):
+                others = [not value]
+            elif isinstance(value, bytes | str):
+                others = [value + ("x" if isinstance(value, str) else b"x")]
+            else:
+                others = [value + 1]
+            for other in others:
+                changed_one = replace(message, **{name: other})
+                assert (fingerprint(changed_one) == fingerprint(message)) == (
+                    name == "countersigned"
+                ), name
+
+
+def without_countersignature(message: Any) -> tuple[str, list[tuple[str, Any]]]:
+    """Return kind and fields of a message, arrays as bytes with their type."""
+    fields = [
+        (name, (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value)
+        for name, value in vars(message).items()
+        if name != "countersigned"
+    ]
+    return type(message).__name__, fields
