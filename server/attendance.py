@@ -39,6 +39,7 @@ class Attendance:
         contract: Of the run.
         run: The run's name.
         enrolled: What the registry knows; empty in simulations.
+        exchanged: Merchants whose ledger was seen under another key, without a rotation.
         repeatable: Some merchant's noise was seeded.
     """
 
@@ -46,6 +47,7 @@ class Attendance:
     contract: Contract
     run: str
     enrolled: Enrolled
+    exchanged: frozenset[str] = frozenset()
     repeatable: bool = False
     asked: set[int] = field(default_factory=set)  # nodes that answered, either way
     pinned: dict[str, int] = field(default_factory=dict)  # merchant -> version of its list
@@ -149,6 +151,11 @@ class Attendance:
             return f"called itself '{answer.merchant}', which did not register this node"
         if answer.refusal:
             return ""
+        if answer.merchant in self.exchanged:
+            return (
+                f"'{answer.merchant}' was seen with a ledger of another key: what it spent would "
+                "be forgotten; a key is changed with hansa merchant rotate --identity"
+            )
         if answer.merchant in self.cohort.members.values():
             return f"a second node called itself '{answer.merchant}'; it was left out"
         if len(self.cohort.members) == self.contract.max_merchants:

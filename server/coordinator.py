@@ -95,7 +95,10 @@ class Coordinator:
             failures=self._outcome.failures,
             on_wait=self._beat,
         )
-        self._attendance = Attendance(self._cohort, contract, run, circumstances.enrolled)
+        exchanged = archive.witness.exchanged(members.keys) if circumstances.enrolled.nodes else ()
+        self._attendance = Attendance(
+            self._cohort, contract, run, circumstances.enrolled, frozenset(exchanged)
+        )
         known = None if self._keeper is None else self._keeper.checkpoint
         self._record = archive.record(run, goes_on=self._keeper is not None)
         common = Run(run, contract, self._cohort, self._take_late, self._save)

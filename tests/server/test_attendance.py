@@ -176,6 +176,13 @@ class TestGather:
         assert found.gather() == ["m0", "m1", "m2"]
         assert "a second node called itself 'm0'" in found.cohort.failures["node 5"]
 
+    def test_a_ledger_of_another_key(self, world: Callable[..., World]) -> None:
+        """Who was enrolled anew under its old name does not leave behind what it spent."""
+        found = world([says(name) for name in NAMES[:4]])
+        found.attendance.exchanged = frozenset({"m2"})
+        assert found.gather() == ["m0", "m1", "m3"]
+        assert "would be forgotten" in found.cohort.failures[f"node {FIRST_NODE + 2}"]
+
     def test_waits_for_those_that_are_missing(self, world: Callable[..., World]) -> None:
         """It says for how many, asks nobody twice, and begins when all have spoken."""
         found = world([*(says(name) for name in NAMES[:4]), says("m4", refusal="no budget")])
