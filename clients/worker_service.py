@@ -225,6 +225,7 @@ def main() -> int:
     parser.add_argument("--rehearsal", action="store_true")
     parser.add_argument("--socket-user", default=None)
     options = parser.parse_args()
+    os.umask(0o077)  # a ledger, or a sealed session, is nobody else's
     set_up("worker")
     places = Places.of(options.folder)
     service = WorkerService(lambda: opened_for_a_run(places.merchant, rehearsal=options.rehearsal))

@@ -11,6 +11,7 @@ for merchants) too: it is checkpointed, and a second process with the same name 
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ from server.outcome import Outcome, RoundReport
 
 if TYPE_CHECKING:
     from server.runs import RunLease
+
+logger = logging.getLogger("hansa.coordinator")
 
 _RESEND_S = 10.0
 _WAIT_S = 300.0  # for merchants, where nobody says otherwise
@@ -93,9 +96,11 @@ def _deployed(
     on_outcome: OnOutcome,
 ) -> None:
     """Run with checkpoints; how it ends is in the run store, whatever Flower says."""
+    from common.logs import set_up
     from server.keeping import LeaseKeeper, registered
     from server.patient_grid import PatientGrid
 
+    set_up("coordinator", places.contract.parent / "logs" / "coordinator.jsonl")
     contract = read_contract(places.contract)
     config = context.run_config
     with _lease(config, contract, context.run_id) as lease:
@@ -129,15 +134,20 @@ def _lease(config: dict[str, Any], contract: Contract, flower_run: int) -> Itera
         lease = store.resume(run, str(flower_run))
     else:
         lease = store.begin(run, contract.sha256, contract.training.rounds, str(flower_run))
+    about = {"run": run}
     try:
         yield lease
+        logger.info("finished", extra=about)
     except Stopped as reason:
+        logger.info("stopped: %s", reason, extra=about)
         lease.stop(str(reason))
         raise
     except HansaError as reason:
+        logger.error("failed: %s", reason, extra=about)  # noqa: TRY400 - our own words say it all
         lease.fail(str(reason))
         raise
     except Exception as error:
+        logger.exception("failed", extra=about)
         lease.fail(f"the coordinator failed ({type(error).__name__}: {error})")
         raise
 

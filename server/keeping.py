@@ -1,5 +1,6 @@
 """The coordinator's side of the run store: checkpoints, signs of life, who takes part."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from pathlib import Path
 from server.attendance import Enrolled
 from server.registry import NAME, Registry
 from server.runs import MerchantRow, RunLease
+
+logger = logging.getLogger("hansa.coordinator")
 
 _BEAT_S = 2.0
 
@@ -46,6 +49,10 @@ class LeaseKeeper:
             self._running = True
         self._round = round
         self.lease.save(checkpoint, round=round, epsilon=epsilon, cohort=cohort)
+        logger.info(
+            "checkpoint",
+            extra={"run": self.run, "round": round, "epsilon": epsilon, "cohort": cohort},
+        )
         self.beat(f"round {min(round + 1, self.rounds)} of {self.rounds}")
 
     def beat(self, message: str | None = None) -> bool:
@@ -66,6 +73,11 @@ class LeaseKeeper:
                 for name, (number, state, error) in changed.items()
             ]
         )
+        for name, (number, state, error) in changed.items():
+            known = self._told.get(name, (0, "", ""))
+            if known[1:] != (state, error):
+                about = {"run": self.run, "round": number, "merchant": name}
+                logger.info("%s%s", state, f": {error}" if error else "", extra=about)
         self._told.update(changed)
 
 

@@ -129,6 +129,7 @@ def merchant_members(folder: Path, *, accept: bool) -> None:
     if accept:
         pin_members(update)
         typer.echo(f"{folder / 'members.toml'}: pinned")
+        typer.echo("a worker that runs goes on with the old list: hansa merchant leave, then join")
     else:
         typer.echo(f"pin it with: hansa merchant members {folder} --accept")
 
