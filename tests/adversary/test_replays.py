@@ -282,6 +282,24 @@ class TestRestoredFiles:
 class TestMixedSessions:
     """Messages of one session in another one of the same number."""
 
+    def test_answers_do_not_outlive_their_step(self, tmp_path: Path) -> None:
+        """When the next vector has left, nothing of the step before is answered."""
+        found = shops(tmp_path, COUNT, files=True)
+        found.set_up()
+        for position in range(COUNT):
+            found.ask(position, 1)
+        confirm = Confirm(1, 1, to_bitmap(range(COUNT), COUNT))
+        reveal = found.reveal_message(VICTIM, 1, found.confirm(1))
+        for worker, position in zip(found.workers, range(COUNT), strict=True):
+            worker.reveal(found.reveal_message(position, 1, found.confirm(1)))
+        old = found.request(VICTIM, 1)
+        assert not found.ask(VICTIM, 2, attempt=1).refusal
+        assert {*found.stores[VICTIM].load().replies} == {"update"}
+        for method, message in (("confirm", confirm), ("reveal", reveal)):
+            said = asked(found.workers[VICTIM], method, message)
+            assert said == "field 'step': step 1 is not under way"
+        assert "never taken up again" in asked(found.workers[VICTIM], "answer", old)
+
     @pytest.mark.parametrize("moment", METHODS[1:])
     def test_an_old_advertise_starts_anew(self, tmp_path: Path, moment: str) -> None:
         """Fresh keys; of the session before nothing is answered any more, and nothing is paid."""
@@ -377,6 +395,8 @@ class TestAtOnce:
         first = found.workers[VICTIM].advertise(message)
         process.join(10)
         assert alike(first, answers[0])
+        # one that had looked for an answer before there was any
+        assert party.advertise(message, bytes(32), b"later") == (first.advert, first.head)
         assert found.stores[VICTIM].load().own_advert == first.advert
 
     def test_two_rosters(self, tmp_path: Path) -> None:
