@@ -1,23 +1,28 @@
 """A Flower `Grid` that outlives a SuperLink: what fails on the way there is tried again.
 
 Flower's own retry gives up where the error speaks of TLS, which is how a SuperLink looks that is
-killed in the middle of a handshake.
+killed in the middle of a handshake. And it waits for three minutes, for everybody, where one
+node was lost between announcing a reply and handing in its parts.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
 
 from common.errors import RunError
 
 logger = logging.getLogger("hansa.coordinator")
 
 _LONGEST_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 180.0, 0.2, 5.0
+_PARTS_S = 8.0  # to wait for the parts of a reply; then it counts as lost, and is asked for again
 T = TypeVar("T")
 
 
@@ -32,6 +37,9 @@ class PatientGrid:
     def __init__(self, grid: Grid, on_wait: Callable[[], object]) -> None:
         self._grid = grid
         self._on_wait = on_wait
+        # the only way to say so in Flower 1.41: its grid takes no time limit
+        bounded = partial(pull_objects, max_time=_PARTS_S, initial_backoff=0.1, backoff_cap=1.0)
+        vars(http_grid)["pull_objects"] = bounded
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are connected."""

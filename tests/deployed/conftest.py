@@ -13,7 +13,7 @@ from tests.deployed.stack import Stack, stack
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Give four merchants that joined; a sum needs three of them."""
     with stack(tmp_path_factory.mktemp("federation"), 4) as found:
-        found.up(rounds=6, aggregation={"min_survivors": 3})
+        found.up(rounds=4, aggregation={"min_survivors": 3})
         yield found
 
 

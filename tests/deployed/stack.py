@@ -67,6 +67,7 @@ class Stack:
     folder: Path
     merchants: int = 3
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    runs: dict[int, str] = field(default_factory=dict)  # process of `hansa server run` -> name
 
     @property
     def operator(self) -> Path:
@@ -188,8 +189,13 @@ class Stack:
         self.join()
 
     def run(self, *options: str) -> subprocess.Popen[str]:
-        """Begin a run; what it prints is read by `verdict`."""
-        return self.begin("server", "run", self.operator, *options)
+        """Begin a run and wait until it has a name; what it prints is read by `verdict`."""
+        process = self.begin("server", "run", self.operator, *options)
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert first.startswith("run "), first + process.communicate()[0]
+        self.runs[process.pid] = first.split()[1]
+        return process
 
     @staticmethod
     def verdict(run: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
@@ -274,8 +280,8 @@ class Stack:
 
         def reached() -> bool:
             found = self.status()["run"]
-            ended = run.poll() is not None
-            return ended or (found is not None and found["round"] >= wanted)
+            begun = found is not None and found["run"] == self.runs[run.pid]
+            return run.poll() is not None or (begun and found["round"] >= wanted)
 
         until(reached, seconds, f"round {wanted}")
         assert run.poll() is None, run.communicate()[0]
@@ -291,7 +297,9 @@ class Stack:
         for process in self.started:
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Random faults in ten-round runs: kill, pause, cut; whatever happens, the books are right.
 
-`HANSA_FAULT_SEQUENCES` says how many runs are hurt (default 3), `HANSA_FAULT_SEED` which.
+`HANSA_FAULT_SEQUENCES` says how many runs are hurt (default 2), `HANSA_FAULT_SEED` which.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.deployed.test_survival import last_run, record_of
 
 pytestmark = pytest.mark.slow
 
-SEQUENCES = int(os.environ.get("HANSA_FAULT_SEQUENCES", "3"))
+SEQUENCES = int(os.environ.get("HANSA_FAULT_SEQUENCES", "2"))
 FIRST = int(os.environ.get("HANSA_FAULT_SEED", "0"))
 FAULTS_A_RUN = 4
 ROUNDS = 10

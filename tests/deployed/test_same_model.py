@@ -11,7 +11,7 @@ from tests.deployed.test_survival import check_paid, last_run
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_real_processes_give_the_simulated_model(both: tuple[Stack, bytes]) -> N
     assert "PASS" in stack.audit()
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.7, 1.9])
+@pytest.mark.parametrize("after_s", [0.0, 1.3])
 def test_a_killed_coordinator_is_resumed_to_the_same_model(
     both: tuple[Stack, bytes], after_s: float
 ) -> None:
