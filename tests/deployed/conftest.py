@@ -1,8 +1,6 @@
 """Stacks of real processes: one a module where tests leave it whole, else one a test."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +16,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[Stack]:
-    """Give a stack that nothing was done with yet."""
-    with stack(tmp_path / "federation", 3) as found:
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Give a stack that nothing was done with yet, in a folder whose sockets have short paths."""
+    with stack(tmp_path_factory.mktemp("f"), 3) as found:
         yield found
-        shutil.rmtree(found.folder / "shops", ignore_errors=True)
