@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.budget import Account, Budget
 from common.contract import contract_toml, read_contract
 from common.identity import read_members
@@ -26,6 +28,10 @@ OFFLINE = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+unproven = pytest.mark.skipif(
+    "HANSA_UNPROVEN" not in os.environ,
+    reason="was written and not yet seen to pass; HANSA_UNPROVEN=1 runs it",
+)
 SEED = 7  # of the merchants' noise: what is compared with a simulation must be repeatable
 
 

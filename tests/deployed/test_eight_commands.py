@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed.stack import BIN, OFFLINE
+from tests.deployed.stack import BIN, OFFLINE, unproven
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, unproven]
 
 PAGE = Path(__file__).parents[2] / "docs" / "ten-minutes.md"
 

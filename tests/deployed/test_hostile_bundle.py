@@ -10,9 +10,9 @@ import pytest
 
 from server.flower_control import run_status, start_run
 from server.settings import read_settings
-from tests.deployed.stack import BIN, OFFLINE, Stack, free_ports, until
+from tests.deployed.stack import BIN, OFFLINE, Stack, free_ports, unproven, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, unproven]
 
 CLIENT = """
 import json, os

@@ -16,10 +16,10 @@ import pytest
 
 from server.settings import read_settings
 from tests.deployed.cable import Cable
-from tests.deployed.stack import Stack, stack
+from tests.deployed.stack import Stack, stack, unproven
 from tests.deployed.test_survival import last_run, record_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, unproven]
 
 SEQUENCES = int(os.environ.get("HANSA_FAULT_SEQUENCES", "2"))
 FIRST = int(os.environ.get("HANSA_FAULT_SEED", "0"))
