@@ -32,6 +32,10 @@ unproven = pytest.mark.skipif(
     "HANSA_UNPROVEN" not in os.environ,
     reason="was written and not yet seen to pass; HANSA_UNPROVEN=1 runs it",
 )
+lengthy = pytest.mark.skipif(
+    "HANSA_LENGTHY" not in os.environ,
+    reason="takes minutes, and others test nearly the same; HANSA_LENGTHY=1 runs it",
+)
 SEED = 7  # of the merchants' noise: what is compared with a simulation must be repeatable
 
 

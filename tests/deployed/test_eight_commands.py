@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed.stack import BIN, OFFLINE, unproven
+from tests.deployed.stack import BIN, OFFLINE, lengthy
 
-pytestmark = [pytest.mark.slow, unproven]
+pytestmark = [pytest.mark.slow, lengthy]
 
 PAGE = Path(__file__).parents[2] / "docs" / "ten-minutes.md"
 

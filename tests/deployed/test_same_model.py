@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed.stack import Stack
+from tests.deployed.stack import Stack, lengthy
 from tests.deployed.test_survival import check_paid, last_run
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def test_real_processes_give_the_simulated_model(both: tuple[Stack, bytes]) -> N
     assert "PASS" in stack.audit()
 
 
-@pytest.mark.parametrize("after_s", [0.0, 1.3])
+@pytest.mark.parametrize("after_s", [0.0, pytest.param(1.3, marks=lengthy)])
 def test_a_killed_coordinator_is_resumed_to_the_same_model(
     both: tuple[Stack, bytes], after_s: float
 ) -> None:

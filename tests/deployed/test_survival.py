@@ -19,7 +19,7 @@ from common.accounting import epsilon
 from common.contract import read_contract
 from common.network import initial_parameters
 from common.plan import UPDATE, lattice_of, plan_of
-from tests.deployed.stack import Stack, alive, until
+from tests.deployed.stack import Stack, alive, lengthy, until
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,7 @@ def test_the_superlink_is_killed_in_mid_round(up: Stack) -> None:
     assert up.pid(up.operator, "superlink") != before
 
 
+@lengthy
 def test_the_gateway_is_killed(up: Stack) -> None:
     """Nodes wait for it."""
     run = up.run()
@@ -123,7 +124,7 @@ def is_connected(up: Stack, number: int) -> bool:
     return bool(found[up.name(number)]["connected"])
 
 
-@pytest.mark.parametrize("child", ["worker", "node"])
+@pytest.mark.parametrize("child", ["worker", pytest.param("node", marks=lengthy)])
 def test_a_process_hangs(up: Stack, child: str) -> None:
     """Its supervisor notices, ends it and starts another; the run does not wait for ever."""
     run = up.run()
@@ -135,6 +136,7 @@ def test_a_process_hangs(up: Stack, child: str) -> None:
     until(lambda: is_connected(up, 2), 60, "the merchant is back")
 
 
+@lengthy
 def test_a_slow_merchant(up: Stack) -> None:
     """Whoever answers before the time is up is in every sum."""
     run = up.run()
@@ -242,6 +244,7 @@ def test_too_few_merchants(up: Stack) -> None:
     until(lambda: is_connected(up, 0) and is_connected(up, 1), 60, "they are back")
 
 
+@lengthy
 def test_a_second_node_with_the_same_identity(up: Stack, tmp_path: Path) -> None:
     """A copy of a merchant's folder is kept out while the merchant is there."""
     copy = tmp_path / up.name(1)
