@@ -44,7 +44,9 @@ def folder(contract: Contract, tmp_path: Path) -> Path:
         record = archive.record(run)
         record.start(run, contract, ["shop"], "0" * 64)
         record.sum(None, stage="census", round=0, attempt=0)
+        record.flush()
     record.end("0" * 64)
+    record.flush()
     write_bundle(tmp_path / "bundle", {"model.onnx": b"model"}, Ed25519PrivateKey.generate())
     archive.keep_bundle("bb", tmp_path / "bundle")
     return folder
