@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from common.contract import Contract, read_contract
 from common.errors import HansaError, RunError
 from common.identity import read_members
 from server.archive import Archive, open_archive
-from server.circumstances import Circumstances, Stopped
+from server.circumstances import Circumstances, Stopped, go_on
 from server.coordinator import Coordinator
 from server.outcome import Outcome, RoundReport
 
@@ -113,7 +114,7 @@ def _deployed(
             float(config.get("wait", _WAIT_S)),
             _RESEND_S,
         )
-        patient = PatientGrid(grid, keeper.beat)
+        patient = PatientGrid(grid, partial(go_on, keeper))
         outcome = Coordinator(patient, contract, on_round, members, archive, circumstances).run()
         bundle = places.out / outcome.run
         on_outcome(outcome, contract, bundle, archive)

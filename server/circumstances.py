@@ -50,4 +50,14 @@ class Stopped(RunError):
     """The run was asked to stop; its last checkpoint lets it go on."""
 
 
+def go_on(keeper: Keeper, message: str | None = None) -> None:
+    """Say that a run goes on, and with what.
+
+    Raises:
+        Stopped: It was asked to stop.
+    """
+    if keeper.beat(message):
+        raise Stopped("the run was asked to stop; it can go on from its last checkpoint")
+
+
 SIMULATED = Circumstances()

@@ -37,7 +37,7 @@ from server import checkpoint
 from server.archive import Archive
 from server.asking import LatticeSum, Run, Sums
 from server.attendance import Attendance
-from server.circumstances import SIMULATED, Circumstances, Stopped
+from server.circumstances import SIMULATED, Circumstances, Stopped, go_on
 from server.cohort import Cohort
 from server.optimizers import Optimizer
 from server.outcome import NoisySum, Outcome, RoundReport
@@ -260,11 +260,9 @@ class Coordinator:
         Raises:
             Stopped: It was asked to stop.
         """
-        if self._keeper is None:
-            return
-        self._keeper.attendance(self._attendance.states())
-        if self._keeper.beat(message):
-            raise Stopped("the run was asked to stop; it can go on from its last checkpoint")
+        if self._keeper is not None:
+            self._keeper.attendance(self._attendance.states())
+            go_on(self._keeper, message)
 
     def _beat(self) -> None:
         """Say that the run goes on.
@@ -272,8 +270,8 @@ class Coordinator:
         Raises:
             Stopped: It was asked to stop.
         """
-        if self._keeper is not None and self._keeper.beat():
-            raise Stopped("the run was asked to stop; it can go on from its last checkpoint")
+        if self._keeper is not None:
+            go_on(self._keeper)
 
     def _sum_or_nothing(
         self, stage: str, number: int, parameters: Float[np.ndarray, " P"]
