@@ -23,10 +23,11 @@ demo: setup
 	$(BIN)/hansa simulate --data complete-journey --partition store --label value4 --epsilon 1 --out out/demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --dist worksteal --ignore tests/deployed
+	$(BIN)/python -m pytest -m slow tests/deployed
 
 check: setup
 	$(BIN)/ruff check .

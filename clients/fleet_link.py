@@ -93,6 +93,33 @@ class _Version:
         return call_next(context)
 
 
+class _Open:
+    """Counts the requests under way: Flower's own threads outlive the call that began them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._closed = False
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> "object":
+        with self._changed:
+            if self._closed:
+                raise FleetTrouble("this connection was ended")
+            self._count += 1
+        try:
+            return call_next(context)
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let no request begin any more, and wait for those that have."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._count)
+
+
 class FleetLink:
     """One node's connection.
 
@@ -106,9 +133,10 @@ class FleetLink:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=ca_pem)
         self._public = public_key_to_bytes(key.public_key())
+        self._open = _Open()
         self._client = FleetHttpClient(
             url,
-            interceptors=[_Version(), NodeAuthHttpInterceptor(key, key.public_key())],  # type: ignore[list-item]
+            interceptors=[self._open, _Version(), NodeAuthHttpInterceptor(key, key.public_key())],  # type: ignore[list-item]
             verify=context,
             timeout=_HTTP_S,
         )
@@ -244,6 +272,7 @@ class FleetLink:
                 request = DeactivateNodeRequest(node_id=self.node_id)
                 with suppress(FleetTrouble):  # otherwise it finds out by itself
                     self._try(lambda: self._client.DeactivateNode(request))
+        self._open.close()
         self._client.close()
 
     @property

@@ -3,6 +3,7 @@
 The SuperLink is either Flower's own (tests marked slow) or a set of node keys in this process.
 """
 
+import asyncio
 import socket
 import threading
 import time
@@ -141,9 +142,23 @@ def merchant_folder(path: Path) -> Path:
     return path
 
 
+class Server(uvicorn.Server):
+    """A server that keeps no connection open when it has ended, whatever the other side does."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End."""
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        while self.server_state.connections:
+            await asyncio.sleep(0.01)
+
+
 @contextmanager
-def serving(server: uvicorn.Server) -> Iterator[None]:
+def serving(config: uvicorn.Config) -> Iterator[None]:
     """Run a server in a thread of this process."""
+    server = Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -156,9 +171,9 @@ def serving(server: uvicorn.Server) -> Iterator[None]:
         thread.join(20)
 
 
-def tls_server(app: ASGIApp, port: int, tls: Path) -> uvicorn.Server:
-    """Return a server of any application with a folder's certificate."""
-    config = uvicorn.Config(
+def tls_server(app: ASGIApp, port: int, tls: Path) -> uvicorn.Config:
+    """Return how to serve any application with a folder's certificate."""
+    return uvicorn.Config(
         app,
         host="127.0.0.1",
         port=port,
@@ -170,11 +185,12 @@ def tls_server(app: ASGIApp, port: int, tls: Path) -> uvicorn.Server:
         ws="none",
         timeout_graceful_shutdown=1,
     )
-    return uvicorn.Server(config)
 
 
 @contextmanager
 def gateway(world: World, **options: Any) -> Iterator[World]:
     """Serve a federation's gateway."""
-    with serving(server_of(world.settings, create_app(world.settings, world.desk, **options))):
+    with serving(
+        server_of(world.settings, create_app(world.settings, world.desk, **options)).config
+    ):
         yield world

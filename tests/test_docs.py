@@ -54,6 +54,8 @@ class Block:
 LONG = {
     "README.md",
     "docs/commands/audit.md",
+    "docs/commands/merchant.md",
+    "docs/commands/server.md",
     "docs/commands/simulate.md",
     "docs/quickstart.md",
 }
@@ -183,6 +185,7 @@ class TestCommands:
         assert COMMANDS[name].help
         assert "## Exit codes" in command_page(name)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("line", "code"),
         [

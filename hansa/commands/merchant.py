@@ -10,7 +10,16 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-FileArgument = Annotated[Path, typer.Argument(help="Your merchant.toml.")]
+
+def _file(given: Path | None) -> Path | None:
+    """Return the merchant.toml of a folder."""
+    return given / "merchant.toml" if given is not None and given.is_dir() else given
+
+
+FileArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MERCHANT", callback=_file, help="Your folder, or your merchant.toml."),
+]
 FolderArgument = Annotated[Path, typer.Argument(help="Your folder, with merchant.toml.")]
 FoldersArgument = Annotated[
     list[Path], typer.Argument(metavar="FOLDER...", help="Your folder, with merchant.toml.")
@@ -172,7 +181,11 @@ def assign(
 def plan(
     contract: Annotated[Path, typer.Argument(help="The contract that you may join.")],
     merchant: Annotated[
-        Path | None, typer.Option(help="Your merchant.toml, to see what is left of your cap.")
+        Path | None,
+        typer.Option(
+            callback=_file,
+            help="Your folder, or your merchant.toml, to see what is left of your cap.",
+        ),
     ] = None,
     customers: Annotated[
         int | None, typer.Option(min=1, help="Customers with a segment that you have.")

@@ -114,6 +114,7 @@ def check_sound(federation: Federation, found: SimulationResult | str, folder: P
     assert np.isfinite(read_bundle(folder / "out" / "bundle").parameters).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["silent", "the node has left"])
 @pytest.mark.parametrize(("contract", "stage"), EVERYWHERE, indirect=["contract"])
 def test_one_merchant_lost_in_a_stage_is_survived(
@@ -130,6 +131,7 @@ def test_one_merchant_lost_in_a_stage_is_survived(
     check_sound(federation, found, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["silent", "the node has left"])
 @pytest.mark.parametrize(
     ("contract", "stage"),
@@ -156,6 +158,7 @@ def test_two_merchants_lost_in_a_stage_end_the_run(
     check_sound(federation, found, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["silent", "the node has left"])
 def test_a_run_can_do_without_profiles(federation: Federation, tmp_path: Path, fate: str) -> None:
     """The model is published, its segments without shares, and a note says why."""
@@ -171,6 +174,7 @@ def test_a_run_can_do_without_profiles(federation: Federation, tmp_path: Path, f
     check_sound(federation, found, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["silent", "the node has left"])
 def test_everybody_lost_ends_the_run(federation: Federation, tmp_path: Path, fate: str) -> None:
     """Nobody was asked for anything, so nobody paid."""
@@ -201,6 +205,7 @@ def test_one_failed_attempt_is_survived_and_told(
     check_sound(federation, found, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", ["secure"], indirect=True)
 @pytest.mark.parametrize(
     "stage",
@@ -235,6 +240,7 @@ def test_one_session_that_fails_is_survived_and_told(
     check_sound(federation, found, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["query.census", "train.update"])
 def test_who_is_left_gives_the_same_model_in_either_kind_of_sum(
     federation: Federation, dataset: Dataset, tmp_path: Path, stage: str
@@ -265,6 +271,7 @@ def test_who_is_left_gives_the_same_model_in_either_kind_of_sum(
 LOSSES = {"few": ["silent", "gone", *[None] * 48], "many": ["silent", "gone", *[None] * 7]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", LOSSES)
 @settings(
     max_examples=15,
@@ -283,6 +290,7 @@ def test_whatever_is_lost_the_books_are_right(
         check_sound(federation, found, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", ["secure"], indirect=True)
 @pytest.mark.parametrize("stage", [*STAGES[1:], *SESSION])
 @settings(
@@ -308,6 +316,7 @@ def test_losing_one_now_and_then_is_survived(
         check_sound(federation, found, folder)
 
 
+@pytest.mark.slow
 def test_a_merchant_that_never_answers_is_not_shown_as_taking_part(
     federation: Federation, tmp_path: Path
 ) -> None:

@@ -495,6 +495,7 @@ def _named_by(shop: Shop, answer: SumAnswer, request: SumRequest) -> tuple[str, 
     return (entry["stage"], entry["round"], entry["attempt"])
 
 
+@pytest.mark.slow
 def test_killed(nursery: Nursery, tmp_path: Path) -> None:
     """Nothing leaves without an entry, nothing twice, and each run goes on."""
     crash(nursery, tmp_path / "plain", max(CRASHES // 2, 1), 1)
@@ -504,6 +505,7 @@ def test_killed(nursery: Nursery, tmp_path: Path) -> None:
     secure.end()
 
 
+@pytest.mark.slow
 def test_two_killed(nursery: Nursery, tmp_path: Path) -> None:
     """Of two processes with the same files at most one answers, and both may die."""
     crash_two(nursery, tmp_path, max(CRASHES // 5, 1), 2)

@@ -95,6 +95,7 @@ def amplifier(network: Network, seed: int) -> np.ndarray:
     return theta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring_bits", [32, 64])
 @pytest.mark.parametrize("engine", ["fused", "opacus"])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])

@@ -505,6 +505,7 @@ def waiting(merchant: Merchant) -> dict[str, Moment]:
     return {type(moment.message).__name__: moment for moment in moments(merchant.found)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ASKED, ids=lambda kind: kind.__name__)
 def test_merchants(merchant: Merchant, waiting: dict[str, Moment], kind: type[Any]) -> None:
     """A merchant takes no spoiled message for an honest one, and never fails otherwise."""
@@ -542,6 +543,7 @@ def throw_after(merchant: Merchant, moment: Moment, number: int) -> tuple[int, i
     return thrown, same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*ASKED][1:], ids=lambda kind: kind.__name__)
 def test_merchants_that_answered(
     merchant: Merchant, waiting: dict[str, Moment], kind: type[Any]
@@ -718,6 +720,7 @@ def test_shared() -> None:
     assert lost > 20
 
 
+@pytest.mark.slow
 def test_sum_answer() -> None:
     """A spoiled vector spoils its own place only; a spoiled escrow is noticed in the next step."""
     play, thrown, noticed = Play(), 0, 0

@@ -166,6 +166,7 @@ def lost_in_round_1(message: Message) -> str | None:
     return "silent" if gone and message.metadata.message_type == "train.update" else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, lost_in_round_1], ids=["nobody lost", "one lost"])
 def test_a_run_tells_no_secret(
     spy: Spy,

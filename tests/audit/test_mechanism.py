@@ -103,6 +103,7 @@ class TestHonestCode:
 class TestFaults:
     """Planted faults."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "caught_by"),
         [
@@ -120,6 +121,7 @@ class TestFaults:
             checks, _ = release_tests(bench, bench.update)
         assert caught_by in failed(checks)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["batch clipping", "clip norm 5 % too large"])
     def test_sensitivity(self, subject: RealSubject, name: str) -> None:
         """Planted extremes see what is wrong with clipping."""

@@ -471,6 +471,7 @@ TRIED = st.none() | _objects("claimed_epsilon", "lower_bound", "mechanism_tests"
 class TestAnything:
     """Whatever evidence holds."""
 
+    @pytest.mark.slow
     @settings(
         max_examples=50,
         phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking such audits takes long

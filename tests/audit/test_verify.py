@@ -1401,6 +1401,7 @@ def spoiled(data: st.DataObject, value: Any) -> Any:
 class TestJunk:
     """Who makes evidence may write anything; an audit tells, and does not break."""
 
+    @pytest.mark.slow
     @settings(max_examples=30)
     @given(data=st.data())
     def test_anything_anywhere(

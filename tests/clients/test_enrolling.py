@@ -345,7 +345,7 @@ class TestSomebodyInBetween:
         url = f"https://127.0.0.2:{world.settings.port}"
         app = bent(world, lambda _answer: None)
         server = tls_server(app, world.settings.port, world.settings.tls)
-        server.config.host = "127.0.0.2"
+        server.host = "127.0.0.2"
         with (
             serving(server),
             pytest.raises(UnreachableError, match=r"not for this name: .*server\.toml"),

@@ -137,6 +137,7 @@ class TestMessages:
                 assert "no such record" in merchant.superlink.reply(run, sent).error.reason
             assert merchant.ask(run).has_content()
 
+    @pytest.mark.slow
     def test_the_worker_ends_and_comes_back(self, merchant: Merchant) -> None:
         """A message waits for a worker that is started again; not for ever."""
         with merchant.superlink.up(), ExitStack() as first:
@@ -171,6 +172,7 @@ class TestConnection:
                     assert merchant.ask(run).has_content()
                 merchant.until("disconnected")
 
+    @pytest.mark.slow
     def test_revoked_and_let_in_again(self, merchant: Merchant) -> None:
         """It says that the server does not know it, and comes back with a new key."""
         with merchant.superlink.up(), merchant.working(), merchant.node():

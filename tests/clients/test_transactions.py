@@ -151,6 +151,7 @@ class TestBehaviour:
         assert list(measured) == list(MEASURES)
         assert len(measured) == 0
 
+    @pytest.mark.slow
     @settings(max_examples=40, deadline=None)
     @given(st.lists(items, min_size=1, max_size=30))
     def test_equals_the_first_study(self, rows: list[tuple[object, ...]]) -> None:

@@ -229,6 +229,7 @@ def command(folder: Path, *options: str) -> list[str]:
 class TestProcess:
     """The worker as a process of its own."""
 
+    @pytest.mark.slow
     def test_seeded_noise_is_no_deployment(self, places: Places) -> None:
         """A merchant whose noise can be guessed opens for a rehearsal alone."""
         places.merchant.write_text(

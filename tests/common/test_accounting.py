@@ -87,6 +87,7 @@ def test_examples_hold() -> None:
 class TestGaussian:
     """Sums over all customers: the closed form."""
 
+    @pytest.mark.slow
     @settings(max_examples=8, deadline=None)
     @given(gaussians, deltas)
     def test_equals_privacy_loss_distributions(self, events: list[Event], delta: float) -> None:
@@ -171,6 +172,7 @@ class TestGaussian:
 class TestMuFor:
     """mu_for."""
 
+    @pytest.mark.slow
     @given(st.floats(1e-3, 100), st.floats(1e-12, 0.01))
     @example(100.0, 0.01)
     @example(1e-3, 1e-12)

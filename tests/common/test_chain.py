@@ -183,7 +183,6 @@ class TestCountersignature:
             *({"link": link} for link in (5, None, "zz", "abc", ["00"], {})),
             *({"key": key} for key in (None, "", 7, OTHER.public.hex(), SHOP.public.hex().upper())),
         ],
-        ids=str,
     )
     def test_odd_fields(self, changes: dict[str, Any]) -> None:
         """The true witness may sign anything; what makes no sense is a bad message, no crash."""

@@ -358,6 +358,7 @@ class TestSamples:
 class TestOpenDP:
     """The exact sampler of OpenDP (Canonne, Kamath, Steinke) as a second opinion."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stddev", [31.5, 1000.5, 1e6])
     def test_same_law(self, stddev: float) -> None:
         """Two samples cannot be told apart; false-alarm rate 1e-6 each, fresh every time."""

@@ -68,6 +68,7 @@ def contracts(draw: st.DrawFn) -> Contract:
 class TestBudget:
     """planned_epsilon."""
 
+    @pytest.mark.slow
     @settings(deadline=None)
     @given(contracts())
     def test_uses_the_budget_and_no_more(self, contract: Contract) -> None:
@@ -90,6 +91,7 @@ class TestBudget:
         assert 0.99 * target < planned_epsilon(contract) <= target
         assert isinstance(plan_of(contract).update.event, PoissonGaussianSum)
 
+    @pytest.mark.slow
     @settings(deadline=None)
     @given(contracts())
     def test_every_part_of_the_run_fits(self, contract: Contract) -> None:
@@ -213,6 +215,7 @@ def test_secure_sums_cost_no_more_towards_the_server() -> None:
 class TestLattices:
     """The lattice of every release, and its room in the ring."""
 
+    @pytest.mark.slow
     @settings(deadline=None)
     @given(contracts(), st.sampled_from([32, 64]), st.sampled_from([1, 1000, 10**6, 10**7, 10**12]))
     def test_every_sum_fits_into_the_ring(

@@ -87,7 +87,6 @@ class TestStatement:
             *({"by_new": text} for text in (None, "", "0" * 127, " " * 128, "é" * 128)),
             {"more": 1},
         ],
-        ids=str,
     )
     def test_odd_documents(self, changes: dict[str, Any]) -> None:
         """What is no statement is refused in words."""

@@ -140,6 +140,7 @@ class TestExactness:
         last = tuple(range(67, 201))
         assert combine(last, shares[66:]).tolist() == secret
 
+    @pytest.mark.slow
     def test_weights_agree_with_pythons_integers(self) -> None:
         """Lagrange's weights at zero, for the two ends of the largest group."""
         for points in ((1, 200), tuple(range(67, 201)), tuple(range(200, 0, -1)), (7,)):

@@ -116,6 +116,7 @@ def beating(name: str, **more: Any) -> dict[str, Any]:
 class TestRestarts:
     """What ended or hangs comes back."""
 
+    @pytest.mark.slow
     def test_a_killed_child_is_started_again(self, run: Run) -> None:
         """Another process takes its place, and the state counts it."""
         supervisor = run({"name": "one", "code": SLEEPING})
@@ -125,6 +126,7 @@ class TestRestarts:
         state = supervisor.child("one")
         assert (state["restarts"], state["last_exit"]) == (1, -signal.SIGKILL)
 
+    @pytest.mark.slow
     def test_a_stopped_child_is_noticed(self, run: Run) -> None:
         """One that shows no sign of health is killed and started again."""
         supervisor = run(beating("one"))
@@ -136,12 +138,14 @@ class TestRestarts:
             "started", "healthy", "hung", "ended", "started", "healthy", "stopped",
         ]  # fmt: skip
 
+    @pytest.mark.slow
     def test_a_child_that_never_gets_well(self, run: Run) -> None:
         """It is killed when its time to start is over."""
         supervisor = run({"name": "one", "code": SLEEPING, "beats": True, "start_s": 0.5})
         until(lambda: supervisor.child("one").get("restarts"), "started again")
         assert any("not healthy within 0.5 s" in str(event) for event in supervisor.end())
 
+    @pytest.mark.slow
     def test_a_failing_child_is_put_off_and_says_why(self, run: Run) -> None:
         """The state has the last line of its log, and pauses grow."""
         code = "import sys\nprint('no such table')\nsys.exit(3)\n"
@@ -153,6 +157,7 @@ class TestRestarts:
             (3, "no such table")
         }
 
+    @pytest.mark.slow
     def test_a_program_that_is_not_there(self, tmp_path: Path) -> None:
         """It is a failure like any other, with the reason in the state."""
         events: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,13 +99,17 @@ class Stack:
         return [self.name(number) for number in range(self.merchants)]
 
     def hansa(
-        self, *arguments: str | Path, code: int | None = 0, timeout: float = 300
+        self,
+        *arguments: str | Path,
+        code: int | None = 0,
+        timeout: float = 300,
+        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end and check its exit code."""
         done = subprocess.run(
             [str(BIN / "hansa"), *map(str, arguments)],
             cwd=self.folder,
-            env={**os.environ, **OFFLINE},
+            env={**os.environ, **OFFLINE, **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -116,12 +120,14 @@ class Stack:
             assert done.returncode == code, f"{arguments}\n{done.stdout}{done.stderr}"
         return done
 
-    def begin(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def begin(
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         """Start a command in the background."""
         process = subprocess.Popen(
             [str(BIN / "hansa"), *map(str, arguments)],
             cwd=self.folder,
-            env={**os.environ, **OFFLINE, "COLUMNS": "200"},
+            env={**os.environ, **OFFLINE, "COLUMNS": "200", **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -183,6 +189,13 @@ class Stack:
             "server", "invite", self.operator, *[shop.name for shop in shops], "--out", tokens
         )
         self.hansa("merchant", "enrol", *sorted(tokens.iterdir()), "--in", shops[0].parent, "--yes")
+
+    def lead(self, number: int, port: int) -> None:
+        """Have an enrolled merchant reach the gateway by another port."""
+        path = self.shop(number) / "enrolment.json"
+        document = json.loads(path.read_text(encoding="utf-8"))
+        changed = {**document, "url": f"https://127.0.0.1:{port}"}
+        path.write_text(json.dumps(changed), encoding="utf-8")
 
     def join(self, numbers: Sequence[int] | None = None) -> None:
         """Let merchants' processes run."""

@@ -3,7 +3,6 @@
 `HANSA_FAULT_SEQUENCES` says how many runs are hurt (default 2), `HANSA_FAULT_SEED` which.
 """
 
-import json
 import os
 import random
 import signal
@@ -39,9 +38,7 @@ def hurt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Cabl
         found.start()
         found.enrol()
         cable = Cable(read_settings(found.operator).port)
-        path = found.shop(3) / "enrolment.json"
-        document = json.loads(path.read_text())
-        path.write_text(json.dumps({**document, "url": f"https://127.0.0.1:{cable.port}"}))
+        found.lead(3, cable.port)
         found.join()
         try:
             yield found, cable

@@ -114,6 +114,7 @@ class TestHelp:
 class TestErrors:
     """One clear line, no traceback, the right code."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
@@ -149,6 +150,7 @@ class TestErrors:
         path.write_text("[federation\n")
         assert "is not valid TOML" in said(hansa("simulate", path, *SMALL, code=2))
 
+    @pytest.mark.slow
     def test_a_contract_for_other_data_is_refused(self, tmp_path: Path) -> None:
         """The message names the column."""
         contract = contract_toml(load("synthetic", preset="smoke", merchants=3).contract)
@@ -156,6 +158,7 @@ class TestErrors:
         done = hansa("simulate", tmp_path / "c.toml", *SMALL, code=2)
         assert "no column 'shoe_size'" in said(done)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
     def test_a_folder_with_something_in_it_is_kept(
         self, tmp_path: Path, overwrite: list[str]
@@ -166,6 +169,7 @@ class TestErrors:
         assert ("not overwritten" if overwrite else "--overwrite") in said(done)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "option",
         [
@@ -408,6 +412,7 @@ class TestMerchant:
         assert not (file.parent / "ledger.sqlite").exists()
         assert not (file.parent / "session.sealed").exists()
 
+    @pytest.mark.slow
     def test_plain_sums_cost_more_towards_the_server(self, plain: Path) -> None:
         """Two epsilons; the ledger needs a key all the same."""
         folder = plain / "merchants" / "merchant-0000"
@@ -421,6 +426,7 @@ class TestMerchant:
         line = said(hansa(*check, "--contract", plain / "contract.toml", code=2))
         assert "there is no identity key" in line
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("broken", "words"),
         [
@@ -447,6 +453,7 @@ class TestMerchant:
         check = ("merchant", "check", folder / "merchant.toml")
         assert words in said(hansa(*check, "--contract", federation / "contract.toml", code=2))
 
+    @pytest.mark.slow
     def test_a_short_list_of_members_is_noticed(self, federation: Path) -> None:
         """It may still grow, so the check goes on."""
         listed = federation / "members.toml"
@@ -457,6 +464,7 @@ class TestMerchant:
         assert "in a list of 2 merchants; the contract counts on 3" in text
         assert "would be accepted" in text
 
+    @pytest.mark.slow
     def test_without_a_witness_nothing_would_be_released(self, federation: Path) -> None:
         """Exit code 1, and whom to ask."""
         listed = federation / "members.toml"
@@ -466,6 +474,7 @@ class TestMerchant:
         assert "has no [witness] key" in text
         assert "would be accepted" not in text
 
+    @pytest.mark.slow
     def test_a_merchants_own_list_of_members_comes_first(self, federation: Path) -> None:
         """As in a run: what lies beside the merchant's file is what it pinned."""
         folder = federation / "merchants" / "merchant-0000"
@@ -475,6 +484,7 @@ class TestMerchant:
         line = said(hansa(*check, "--contract", federation / "contract.toml", code=2))
         assert "merchants/merchant-0000/members.toml: 'merchant-0000' is not enrolled" in line
 
+    @pytest.mark.slow
     def test_a_bad_table_is_told_by_row_and_column(self, federation: Path) -> None:
         """Without the cell's value, and with exit code 2."""
         folder = federation / "merchants" / "merchant-0000"
@@ -488,6 +498,7 @@ class TestMerchant:
         assert "column 'spend'" in line
         assert "4711" not in line
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("found", "put", "words"),
         [
@@ -504,6 +515,7 @@ class TestMerchant:
         check = ("merchant", "check", file, "--contract", federation / "contract.toml")
         assert words in hansa(*check, code=1).stdout
 
+    @pytest.mark.slow
     def test_a_policy_against_plain_sums_fails_the_check(self, plain: Path) -> None:
         """Exit code 1 too."""
         file = plain / "merchants" / "merchant-0000" / "merchant.toml"

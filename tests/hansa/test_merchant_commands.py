@@ -350,6 +350,7 @@ class TestEvidence:
         """One line, for whoever keeps it."""
         line = hansa("merchant", "head", broken_off).output
         assert re.fullmatch(r"hansa head [0-9a-f]{64} 3 [0-9a-f]{64}\n", line)
+        assert hansa("merchant", "head", broken_off.parent).output == line
 
     @pytest.mark.parametrize("command", [["head"], ["evidence", "--out", "e.zip"]])
     def test_without_a_ledger(self, shop: Path, command: list[str]) -> None:

@@ -65,6 +65,7 @@ def claims(index: int, count: int) -> Change:
     return lambda outcome: outcome.survivors.__setitem__(index, count)
 
 
+@pytest.mark.slow
 def test_an_honest_count_is_confirmed(
     simulated: Callable[..., SimulationResult], contract: Contract
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_count_above_a_merchants_own_note_ends_the_run(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_sum_that_nobody_confirmed_is_not_counted(
     simulated: Callable[..., SimulationResult], contract: Contract
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_sum_that_nobody_confirmed_is_not_counted(
         simulated(contract, invented)
 
 
+@pytest.mark.slow
 def test_a_smaller_claim_than_confirmed_is_no_lie(
     simulated: Callable[..., SimulationResult], contract: Contract
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_smaller_claim_than_confirmed_is_no_lie(
     assert simulated(contract, claims(2, 4)).achieved.survivors_min == 4
 
 
+@pytest.mark.slow
 def test_lost_messages_and_second_attempts_keep_their_places(
     simulated: Callable[..., SimulationResult], contract: Contract
 ) -> None:
@@ -134,6 +138,7 @@ def test_lost_messages_and_second_attempts_keep_their_places(
     assert len(set(occasions)) == len(occasions)
 
 
+@pytest.mark.slow
 def test_plain_sums_are_not_confirmed_by_anybody(
     simulated: Callable[..., SimulationResult], contract: Contract
 ) -> None:

@@ -363,6 +363,7 @@ def run_machine(name: str, examples: int, steps: int) -> None:
     run_state_machine_as_test(MACHINES[name], settings=chosen)  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MACHINES)
 @pytest.mark.parametrize("before", [0, 1, 9])
 @pytest.mark.parametrize("stages", [0, 1])

@@ -185,6 +185,7 @@ def test_splitting_noise_over_events_is_neutral(sigma: float, one: int, other: i
     assert many == pytest.approx(single, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_opacus_engine_on_the_edge_of_a_relu() -> None:
     """With engine 'opacus' too, rounding must not decide what everybody else contributes."""
     network, worst = Network((5, 1, 2)), 0.0

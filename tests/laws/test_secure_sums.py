@@ -67,6 +67,7 @@ def check_step(world: World, vectors: list[np.ndarray], chosen: Fates) -> bool:
     return True
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     count=st.integers(2, 12),
@@ -134,6 +135,7 @@ def subsets(count: int) -> Iterator[set[int]]:
         yield from (set(chosen) for chosen in combinations(range(count), size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7])
 def test_every_set_of_survivors_and_every_silence_after_it(count: int) -> None:
     """All sets above the threshold, each with all single losses of the stages that follow."""

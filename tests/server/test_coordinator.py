@@ -344,6 +344,7 @@ class TestMissing:
         if found := sums.get(stage):
             assert NAMES[3] not in found.merchants
 
+    @pytest.mark.slow
     @only_secure
     @pytest.mark.parametrize("word", ["silent", "connection reset"])
     @pytest.mark.parametrize("stage", SESSION)
@@ -367,6 +368,7 @@ class TestMissing:
         paid = charged(federation, 3, outcome)
         assert paid == (outcome.events if counted == 5 else [])
 
+    @pytest.mark.slow
     @only_secure
     @pytest.mark.parametrize("stage", [*SESSION, CENSUS, UPDATE, EVALUATION, PROFILE])
     def test_an_answer_that_is_lost_on_its_way_back_is_survived(
@@ -577,7 +579,9 @@ def test_an_attempt_that_nobody_was_asked_for_is_not_counted(
         assert charged(federation, number, outcome) == outcome.events
 
 
-@pytest.mark.parametrize("witness", [b"", Identity.generate("another").public])
+@pytest.mark.parametrize(
+    "witness", [b"", Identity.generate("another").public], ids=["none", "another"]
+)
 def test_merchants_must_have_pinned_this_coordinator(
     federate: Federate, contract: Contract, witness: bytes
 ) -> None:

@@ -179,6 +179,7 @@ class TestSegments:
         assert [segment["share"] for segment in found] == pytest.approx([0.25, 0.75])
         assert [segment["action"] for segment in found] == ["call", "thank"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
     def test_share_error_is_the_real_deviation_of_the_noise(
         self, shop: Contract, share: float

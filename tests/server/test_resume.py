@@ -297,6 +297,7 @@ def at_stage(kind: str, number: int) -> Fault:
 class TestAnyMoment:
     """The coordinator dies once, or again and again."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("first", "step"),
         [(0, 5), *(pytest.param(first, 5, marks=pytest.mark.slow) for first in range(1, 5))],
@@ -319,6 +320,7 @@ class TestAnyMoment:
             deployment.check_whole(outcome, undisturbed)
         assert deployment.findings(outcome, in_memory / "out") == set()
 
+    @pytest.mark.slow
     def test_both_sides_of_every_checkpoint(
         self, deploy: Deploy, whole: tuple[Outcome, list[str]], in_memory: Path
     ) -> None:
@@ -334,6 +336,7 @@ class TestAnyMoment:
                 folder = in_memory / f"out-{moment}"
                 assert deployment.findings(outcome, folder) == set()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("step", [1, 3])
     def test_again_and_again(
         self, deploy: Deploy, whole: tuple[Outcome, list[str]], in_memory: Path, step: int
@@ -345,6 +348,7 @@ class TestAnyMoment:
         deployment.check_whole(outcome, whole[0])
         assert deployment.findings(outcome, in_memory / "out") == set()
 
+    @pytest.mark.slow
     def test_plain_sums(self, deploy: Deploy, small: Contract, in_memory: Path) -> None:
         """The same where the coordinator sees single vectors."""
         contract = small.revised(aggregation={"secure": False})
@@ -360,6 +364,7 @@ class TestAnyMoment:
 class TestOtherMerchants:
     """The merchants of the second process are not those of the first."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["query.census", "query.confirm", "query.reveal"])
     @pytest.mark.parametrize("lost", ["before", "after"])
     def test_other_survivors(self, deploy: Deploy, in_memory: Path, kind: str, lost: str) -> None:
@@ -530,6 +535,7 @@ class TestLate:
 
         return fault
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["secure", "plain"])
     def test_is_taken_in_and_recorded(
         self, deploy: Deploy, long: Contract, in_memory: Path, mode: str
@@ -548,6 +554,7 @@ class TestLate:
         deployment.check_covered(outcome)
         assert deployment.findings(outcome, in_memory / "out") == set()
 
+    @pytest.mark.slow
     def test_survives_a_crash_at_its_coming(
         self, deploy: Deploy, long: Contract, in_memory: Path
     ) -> None:
@@ -568,6 +575,7 @@ class TestLate:
             assert len(lates) == 1
         assert deployment.findings(outcome, in_memory / "out") == set()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("hide", "codes"),
         [
@@ -594,6 +602,7 @@ class TestLate:
         path.write_text("".join(line + "\n" for line in kept))
         assert codes <= deployment.findings(outcome, in_memory / "out")
 
+    @pytest.mark.slow
     def test_naming_it_as_there_from_the_start_is_no_way(
         self, deploy: Deploy, long: Contract, in_memory: Path
     ) -> None:

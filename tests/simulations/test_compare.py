@@ -73,6 +73,7 @@ def splits(dataset: Dataset, contract: Contract) -> list[tuple[np.ndarray, ...]]
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_every_method_at_every_epsilon(comparison: Comparison) -> None:
     """Free rules and open training once, private training once an epsilon."""
     expected = {("majority", None), ("last-period", None), ("alone", None), ("pooled", None)}
@@ -86,6 +87,7 @@ def test_rows_are_every_method_at_every_epsilon(comparison: Comparison) -> None:
     assert set(found) == expected
 
 
+@pytest.mark.slow
 def test_the_majority_rule_is_exact(
     comparison: Comparison, dataset: Dataset, contract: Contract
 ) -> None:
@@ -133,6 +135,7 @@ def test_merchants_are_grouped_by_size(
     assert all(len(found.by_size) == 3 for found in comparison.rows)
 
 
+@pytest.mark.slow
 def test_sizes_cover_every_split(dataset: Dataset, contract: Contract) -> None:
     """The names of the groups hold for all splits, not for the last one."""
     found = compare(Question(dataset, contract, (), 3), lambda _step: None).sizes
@@ -230,6 +233,7 @@ def test_without_last_periods_segments_the_rule_is_left_out(
     assert [row.method for row in found.rows] == ["majority", "alone", "pooled"]
 
 
+@pytest.mark.slow
 def test_a_local_contract_with_sampling_can_be_compared(
     dataset: Dataset, contract: Contract
 ) -> None:
@@ -239,6 +243,7 @@ def test_a_local_contract_with_sampling_can_be_compared(
     assert ("distributed", 1.0) in {(row.method, row.epsilon) for row in found.rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [{}, {"mode": "local", "local_steps": 4}], ids=str)
 def test_private_training_in_one_place_has_the_noise_of_its_epsilon(
     contract: Contract, training: dict[str, object]

@@ -47,6 +47,7 @@ def pooled(dataset: Dataset) -> pd.DataFrame:
     return pd.concat(dataset.merchants.values())
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize(
     ("partition", "sizes"),
@@ -62,6 +63,7 @@ def test_merchants_and_rows_are_those_of_the_data_page(
     assert dataset.contract.federation.min_merchants == len(rows)
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize(("partition", "label"), EXPECTED)
 def test_segments_and_the_free_rule_are_those_of_the_data_page(partition: str, label: str) -> None:
@@ -132,6 +134,7 @@ def test_one_row_equals_a_count_by_hand() -> None:
     assert row["product_categories"] == lines["product_category"].nunique()
 
 
+@pytest.mark.slow
 @installed
 def test_every_store_becomes_bounded_features() -> None:
     """All merchants pass the checks that a merchant's own table passes."""

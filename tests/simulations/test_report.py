@@ -156,6 +156,7 @@ class TestReport:
         assert "the server included" not in text
         assert "Sums not masked" in text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("secure", [False, True])
     def test_what_single_messages_tell_is_shown_for_plain_sums_only(
         self,
@@ -421,6 +422,7 @@ class TestBrowser:
             timeout=60,
         )
 
+    @pytest.mark.slow
     def test_dom(self, hostile_result: SimulationResult, tmp_path: Path) -> None:
         """Chromium finds every section and picture, and the policy has nothing to refuse."""
         write_report(hostile_result, tmp_path / "report.html")
@@ -431,6 +433,7 @@ class TestBrowser:
         assert "<script" not in done.stdout
         assert "Content Security Policy" not in done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("scheme", "accent", "panel"),
         [("1", (0x0B, 0x66, 0xA8), (255, 255, 255)), ("0", (0x6C, 0xB6, 0xF2), (0x17, 0x1E, 0x27))],

@@ -81,6 +81,7 @@ def model_of(result: SimulationResult) -> bytes:
 class TestSeeds:
     """What repeats, and what must not."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["distributed", "local"])
     def test_a_seed_gives_the_same_model_twice(
         self, run_small: RunSmall, contract: Contract, mode: str
@@ -92,20 +93,24 @@ class TestSeeds:
         assert first.confusion == second.confusion
         assert first.segments == second.segments
 
+    @pytest.mark.slow
     def test_merchants_in_another_order_give_the_same_model(self, run_small: RunSmall) -> None:
         """Noise belongs to the merchant, not to its node."""
         first = run_small("a")
         second = run_small("b", change=lambda f: replace(f, members=f.members[::-1]))
         assert model_of(first) == model_of(second)
 
+    @pytest.mark.slow
     def test_another_seed_gives_another_model(self, run_small: RunSmall) -> None:
         """The seed is used."""
         assert model_of(run_small("a", seed=1)) != model_of(run_small("b", seed=2))
 
+    @pytest.mark.slow
     def test_without_a_seed_no_two_models_are_alike(self, run_small: RunSmall) -> None:
         """The operating system keys the noise."""
         assert model_of(run_small("a", seed=None)) != model_of(run_small("b", seed=None))
 
+    @pytest.mark.slow
     def test_a_seeded_result_says_so_everywhere(self, run_small: RunSmall) -> None:
         """In the result, the closing lines, the card and privacy.json."""
         result = run_small(seed=1)
@@ -115,6 +120,7 @@ class TestSeeds:
         assert statements.NOT_FOR_RELEASE in (result.bundle / "MODEL_CARD.md").read_text()
         assert any("not for release" in line.plain for line in summary_lines(result))
 
+    @pytest.mark.slow
     def test_an_unseeded_result_does_not(self, run_small: RunSmall) -> None:
         """Nowhere."""
         result = run_small(seed=None)
@@ -369,6 +375,7 @@ class TestFolder:
         prepare_folder(out, overwrite=True)
         assert list(out.iterdir()) == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["thesis.docx", "merchants/notes.txt", "merchants/m/own.csv"])
     def test_what_is_not_of_a_simulation_is_never_deleted(
         self, run_small: RunSmall, name: str
