@@ -259,6 +259,9 @@ def _run(
     check_end(record, replayed, where, notes)
     published = _published(record, files, where, notes)
     if published is not None:
+        signed = published.bundle.signer in server.members.witnesses
+        told = "the bundle is signed with a key that is not this coordinator's"
+        notes.check(signed, "bundle-differs", where, told)
         check_published(record, replayed, published, where, notes)
     check_code(record, dict(runs_of(case.merchants, run)), where, notes)
     bundle = any(name.startswith("bundle/") for name in files)

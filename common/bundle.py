@@ -32,13 +32,18 @@ _FORMAT = "hansa/bundle/1"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read and checked."""
+    """A bundle that was read and checked.
+
+    Attributes:
+        signer: The public key that signed it; whose key it is, the bundle cannot prove.
+    """
 
     folder: Path
     contract: Contract
     network: Network
     parameters: Float[np.ndarray, " P"]
     model_sha256: str
+    signer: bytes
 
 
 def canonical_json(document: Mapping[str, Any]) -> bytes:
@@ -103,7 +108,7 @@ def read_bundle(folder: Path) -> Bundle:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    files = _checked_files(folder)
+    files, signer = _checked_files(folder)
     for name in ("contract.toml", "model.safetensors"):
         if name not in files:
             raise BundleError(f"{folder / name}: is missing from the bundle")
@@ -125,13 +130,13 @@ def read_bundle(folder: Path) -> Bundle:
             "float32 numbers, as the contract's model has"
         )
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    return Bundle(folder, contract, network, theta.astype(np.float64), digest)
+    return Bundle(folder, contract, network, theta.astype(np.float64), digest, signer)
 
 
-def _checked_files(folder: Path) -> dict[str, bytes]:
-    """Return the bundle's files after checking hashes and signature."""
+def _checked_files(folder: Path) -> tuple[dict[str, bytes], bytes]:
+    """Return the bundle's files, and who signed, after checking hashes and signature."""
     try:
-        listed = _listed((folder / MANIFEST).read_bytes())
+        listed, signer = _listed((folder / MANIFEST).read_bytes())
         files = {name: (folder / name).read_bytes() for name in listed}
     except FileNotFoundError as error:
         raise BundleError(f"{error.filename}: is missing; is {folder} a bundle?") from None
@@ -147,11 +152,11 @@ def _checked_files(folder: Path) -> dict[str, bytes]:
     extra = sorted({path.name for path in folder.iterdir()} - set(listed) - {MANIFEST})
     if extra:
         raise BundleError(f"{folder / extra[0]}: is not in the manifest")
-    return files
+    return files, signer
 
 
-def _listed(raw: bytes) -> dict[str, str]:
-    """Return file names and hashes of a manifest whose signature fits, to the last byte."""
+def _listed(raw: bytes) -> tuple[dict[str, str], bytes]:
+    """Return names and hashes of a manifest whose signature fits to the last byte, and its key."""
     manifest = json.loads(raw)
     whole = _manifest_bytes(manifest)
     signature = base64.b64decode(manifest.pop("signature"))
@@ -164,4 +169,4 @@ def _listed(raw: bytes) -> dict[str, str]:
     names: dict[str, str] = dict(manifest["files"])
     if any(Path(name).name != name for name in names):
         raise InvalidSignature
-    return names
+    return names, public_key.public_bytes_raw()

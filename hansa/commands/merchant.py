@@ -164,14 +164,24 @@ def assign(
     merchant_file: FileArgument,
     out: Annotated[Path, typer.Option(help="Folder for assignments.parquet and .csv.")],
 ) -> None:
-    """Assign your customers to segments with a published model. Nothing is sent."""
+    """Assign your customers to segments with a published model. Nothing is sent.
+
+    The model must be signed by the coordinator that you pinned.
+    """
     from clients.assignment import assign as assign_customers
     from clients.assignment import write_assignments
+    from clients.enrolment import check_signer
     from clients.merchant import read_merchant
     from clients.table import read_table
     from common.bundle import read_bundle
 
     published = read_bundle(bundle)
+    if not check_signer(published, merchant_file.absolute().parent):
+        typer.echo(
+            f"{bundle}: signed by {published.signer.hex()[:16]}…; you pinned no coordinator, so "
+            "whose key that is was not checked",
+            err=True,
+        )
     table = read_table(read_merchant(merchant_file), published.contract)
     write_assignments(assign_customers(published, table), out)
     typer.echo(f"{len(table.labels):,} customers assigned, in {out}")

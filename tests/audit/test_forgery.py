@@ -17,6 +17,7 @@ from audit.spending import MOST_KINDS
 from audit.verify import verify
 from common import statements
 from common.events import PoissonGaussianSum
+from common.identity import Identity
 from tests.audit.evidence_world import (
     DAY_S,
     Document,
@@ -175,6 +176,13 @@ def documents(name: str, change: Callable[[Document], Any]) -> Tamper:
     return tamper
 
 
+def signed_by_another(world: World) -> None:
+    """Publish the very same figures, signed by somebody that nobody pinned."""
+    with tempfile.TemporaryDirectory() as folder:
+        files, other = world.bundles["run-1"], Identity.generate("coordinator")
+        world.bundles["run-1"] = bundled(files, other, Path(folder) / "bundle")
+
+
 def hide_the_profile(world: World) -> None:
     """Publish as if the last sum had never been asked for, and leave out that the run ended."""
     record = world.records["run-1"]
@@ -219,6 +227,7 @@ def cell(**changes: Any) -> Callable[[Document], None]:
 
 COORDINATOR: dict[str, tuple[Tamper, set[str]]] = {
     "profile hidden, run not ended": (hide_the_profile, {"bundle-differs"}),
+    "signed by another": (signed_by_another, {"bundle-differs"}),
     "another model in a failed sum": (other_model_in_a_failed_sum, {"release-differs"}),
     "run dated after all evidence": (starts_in_the_future, {"unknown-to-server"}),
     "no colluders told": (

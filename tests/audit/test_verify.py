@@ -279,7 +279,7 @@ class TestFiles:
         world.members = {**members, "witness": {"key": Identity.generate("x").public.hex()}}
         world.log = []
         world.write_server(tmp_path / "server.zip")
-        assert serious(verify([tmp_path])) == {"not-enrolled"}
+        assert serious(verify([tmp_path])) == {"not-enrolled", "bundle-differs"}
 
     def test_other_members(self, world: World, tmp_path: Path) -> None:
         """A list of members that differs from the others' is found."""

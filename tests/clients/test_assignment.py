@@ -38,7 +38,7 @@ def bundle(contract: Contract, tmp_path: Path) -> Bundle:
     """Give a published model with random parameters."""
     network = network_of(contract)
     theta = np.random.default_rng(0).normal(size=network.size)
-    return Bundle(tmp_path / "bundle", contract, network, theta, "f" * 64)
+    return Bundle(tmp_path / "bundle", contract, network, theta, "f" * 64, b"")
 
 
 class TestAssign:

@@ -14,8 +14,10 @@ from pathlib import Path
 import jsonschema
 import pandas as pd
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import statements
+from common.bundle import write_bundle
 from common.contract import contract_toml, read_contract
 from common.plan import planned_epsilon_towards_server
 from common.statements import epsilon_text
@@ -532,6 +534,11 @@ class TestMerchant:
         ours = pd.read_parquet(tmp_path / "mine" / "assignments.parquet")
         theirs = pd.read_parquet(tmp_path / "o/merchants/merchant-0001/assignments.parquet")
         pd.testing.assert_frame_equal(ours, theirs)
+        files = {one.name: one.read_bytes() for one in (tmp_path / "o/bundle").iterdir()}
+        del files["manifest.json"]
+        write_bundle(tmp_path / "forged", files, Ed25519PrivateKey.generate())
+        done = hansa("merchant", "assign", "forged", file, "--out", "m", cwd=tmp_path, code=1)
+        assert "not by the coordinator that you pinned" in said(done)
         with (tmp_path / "o/bundle/model.safetensors").open("ab") as model:
             model.write(b"x")
         done = hansa("merchant", "assign", "o/bundle", file, "--out", "m", cwd=tmp_path, code=1)
