@@ -132,6 +132,9 @@ def _files(places: Places, merchant: Merchant) -> Iterator[Finding]:
             yield Finding(Level.STOP, f"{path}: others can read this key", f"chmod 600 {path}")
         else:
             yield Finding(Level.OK, f"{path.name} is yours alone")
+    table = merchant.data.path
+    if table is not None and table.exists() and table.stat().st_mode & 0o044:
+        yield Finding(Level.NOTE, f"{table}: others can read your customers", f"chmod 600 {table}")
     if merchant.data.url is not None and places.merchant.stat().st_mode & 0o044:
         yield Finding(
             Level.NOTE,

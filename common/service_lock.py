@@ -106,6 +106,20 @@ def stop(folder: Path, timeout_s: float = 30) -> bool:
     raise ServiceError(f"{folder}: process {state['pid']} does not end, even when it is killed")
 
 
+def restart(folder: Path, child: str) -> bool:
+    """Have the supervisor of a folder start a child anew, by ending it in good order.
+
+    Returns:
+        Whether one ran.
+
+    Raises:
+        ServiceError: It belongs to somebody else.
+    """
+    state = state_of(folder)
+    pid = (state or {"children": {}})["children"].get(child, {}).get("pid")
+    return bool(pid) and _send(pid, signal.SIGTERM)
+
+
 def _send(pid: int, number: int) -> bool:
     """Send a signal; tell whether there was a process to get it."""
     if pid <= 0:

@@ -287,7 +287,9 @@ def _write_merchant(
     import tomli_w
 
     folder.mkdir(parents=True)
-    table.to_parquet(folder / "customers.parquet", index=False)
+    customers = folder / "customers.parquet"
+    customers.touch(mode=0o600)
+    table.to_parquet(customers, index=False)
     document = {
         "merchant": {"id": folder.name},
         "data": {"kind": "customers", "path": "customers.parquet"},

@@ -1,5 +1,6 @@
 """`hansa data`: the built-in data sets."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,9 @@ def generate(  # noqa: PLR0913, PLR0917
     epsilon: Annotated[
         float | None, typer.Option(help="Each merchant's cap; default the contract's epsilon.")
     ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Training rounds; default as the data set's contract.")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, help="Makes the merchants' noise repeatable, hence guessable."),
@@ -102,5 +106,8 @@ def generate(  # noqa: PLR0913, PLR0917
     dataset = chosen_dataset(
         data, partition=partition, label=label, preset=preset, merchants=merchants, seed=data_seed
     )
+    if rounds is not None:
+        contract = dataset.contract.revised(training={"rounds": rounds})
+        dataset = replace(dataset, contract=contract)
     write_federation(dataset, out, epsilon=epsilon, seed=seed)
     typer.echo(f"{out}: {len(dataset.merchants)} merchants, {dataset.customers:,} customers")

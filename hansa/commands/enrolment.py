@@ -116,6 +116,8 @@ def merchant_members(folder: Path, *, accept: bool) -> None:
         EnrolmentError: The list cannot follow the pinned one, or the operator refuses.
     """
     from clients.enrolling import fetch_members, pin_members
+    from clients.places import Places
+    from common.service_lock import restart
 
     update = fetch_members(folder)
     pinned = update.enrolment.members_version
@@ -129,7 +131,8 @@ def merchant_members(folder: Path, *, accept: bool) -> None:
     if accept:
         pin_members(update)
         typer.echo(f"{folder / 'members.toml'}: pinned")
-        typer.echo("a worker that runs goes on with the old list: hansa merchant leave, then join")
+        if restart(Places.of(folder).run, "worker"):
+            typer.echo("your worker starts anew with it")
     else:
         typer.echo(f"pin it with: hansa merchant members {folder} --accept")
 
@@ -158,9 +161,10 @@ def merchant_rotate(folder: Path) -> None:
         HansaError: The operator does not answer or refuses; the old key stays.
     """
     from clients.enrolling import rotate_node_key
+    from clients.places import Places
     from common.enrolment import fingerprint
+    from common.service_lock import restart
 
     typer.echo(f"{folder / 'node.key'}: replaced, {fingerprint(rotate_node_key(folder))}")
-    typer.echo(
-        "the operator refuses the old one now: if you take part, run hansa merchant leave and join"
-    )
+    if restart(Places.of(folder).run, "node"):
+        typer.echo("your node starts anew with it")

@@ -89,6 +89,18 @@ def test_another_id(shop: Shop) -> None:
     assert "you enrolled as 'shop'" in shop.stops()
 
 
+def test_a_table_that_others_can_read(shop: Shop) -> None:
+    """Is worth a word, and stops nothing."""
+    table = shop.merchant.data.path
+    assert table is not None
+    table.touch()
+    for mode, told in ((0o644, True), (0o600, False)):
+        table.chmod(mode)
+        about = [one for one in shop.found() if "others can read your customers" in one.what]
+        assert bool(about) == told
+        assert all(one.level is Level.NOTE and one.do == f"chmod 600 {table}" for one in about)
+
+
 def test_keys(shop: Shop) -> None:
     """A key that others can read, or that is missing."""
     (shop.folder / "identity.key").chmod(0o644)

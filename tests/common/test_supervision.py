@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from common.errors import NotReady, PolicyError, RunError, ServiceError
+from common.service_lock import restart
 from common.supervision import Child, Supervisor, start_in_background, state_of, stop
 from tests.common.supervised import BEATING
 
@@ -172,6 +173,16 @@ class TestRestarts:
         supervisor = Supervisor(tmp_path / "run", [child], stop_later)
         assert supervisor.run() == 0
         assert "No such file" in str(events)
+
+    def test_a_child_is_started_anew_on_demand(self, run: Run) -> None:
+        """In good order; who is not there is not."""
+        supervisor = run(beating("one"))
+        first = supervisor.running("one")
+        assert restart(supervisor.folder, "one")
+        supervisor.running("one", other_than=first)
+        assert not restart(supervisor.folder, "two")
+        supervisor.end()
+        assert not restart(supervisor.folder, "one")
 
 
 class TestTogether:

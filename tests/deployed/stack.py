@@ -136,7 +136,14 @@ class Stack:
         self.started.append(process)
         return process
 
-    def make(self, *, epsilon: float = 100.0, rounds: int = 3, **sections: dict[str, Any]) -> None:
+    def make(
+        self,
+        *,
+        epsilon: float = 100.0,
+        rounds: int = 3,
+        database: str = "",
+        **sections: dict[str, Any],
+    ) -> None:
         """Generate customers and a contract that is quick to run, and make the operator."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hansa(
@@ -159,6 +166,7 @@ class Stack:
         self.hansa(
             "server", "init", "coordinator", "--contract", "shops/contract.toml", "--port",
             str(gateway), "--superlink-port", str(superlink), "--metrics-port", str(metrics),
+            *(("--database", database) if database else ()),
         )  # fmt: skip
 
     def allow(self, number: int, epsilon: float) -> None:

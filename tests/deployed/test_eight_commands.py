@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed.stack import BIN, OFFLINE, lengthy
+from tests.deployed.stack import BIN, OFFLINE
 
-pytestmark = [pytest.mark.slow, lengthy]
+pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).parents[2] / "docs" / "ten-minutes.md"
 

@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 
 from server.flower_control import run_status, start_run
 from server.settings import read_settings
-from tests.deployed.stack import BIN, OFFLINE, Stack, free_ports, unproven, until
+from tests.deployed.stack import BIN, OFFLINE, Stack, free_ports, until
 
-pytestmark = [pytest.mark.slow, unproven]
+pytestmark = pytest.mark.slow
 
 CLIENT = """
 import json, os
@@ -94,7 +95,9 @@ def hostile(shop: Path, out: Path) -> bytes:
         (root / "hostile" / "__init__.py").write_text("")
         (root / "hostile" / "server.py").write_text(SERVER)
         (root / "hostile" / "client.py").write_text(CLIENT.format(shop=str(shop), out=str(out)))
-        return build_fab_from_disk(root)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Flower's own
+            return build_fab_from_disk(root)
 
 
 @pytest.fixture

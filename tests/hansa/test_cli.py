@@ -254,8 +254,9 @@ class TestSimulate:
     @pytest.mark.slow
     def test_a_generated_federation_keeps_its_ledgers(self, tmp_path: Path) -> None:
         """The second run is refused because the budget is spent, and the message says so."""
-        arguments = ("generate", "f", "--preset", "smoke", "--merchants", "3")
+        arguments = ("generate", "f", "--preset", "smoke", "--merchants", "3", "--rounds", "10")
         assert "3 merchants, 150 customers" in hansa("data", *arguments, cwd=tmp_path).stdout
+        assert read_contract(tmp_path / "f/contract.toml").training.rounds == 10
         hansa("simulate", "--data", "f", "--out", "one", cwd=tmp_path)
         assert len(list(tmp_path.glob("f/merchants/*/ledger.sqlite"))) == 3
         done = hansa("simulate", "--data", "f", "--out", "two", cwd=tmp_path, code=1)

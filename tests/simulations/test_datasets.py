@@ -135,7 +135,8 @@ def test_a_written_federation_reads_back(dataset: Dataset, tmp_path: Path, secur
         assert merchant.policy.accept_unmasked_sums == (not secure)
         assert read_identity(name, merchant.merchant.key).public == members.keys[name]
         assert merchant.merchant.key == own / "identity.key"
-        assert stat.S_IMODE(merchant.merchant.key.stat().st_mode) == 0o600
+        for secret in (merchant.merchant.key, own / "customers.parquet"):
+            assert stat.S_IMODE(secret.stat().st_mode) == 0o600
         assert merchant.simulation.seed is None
         pd.testing.assert_frame_equal(pd.read_parquet(own / "customers.parquet"), table)
 
