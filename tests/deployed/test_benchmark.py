@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed.stack import OFFLINE
+from tests.deployed.stack import OFFLINE, unproven
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, unproven]
 
 ROOT = Path(__file__).parents[2]
 

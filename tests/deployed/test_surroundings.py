@@ -17,7 +17,7 @@ from common.contract import read_contract
 from server.certificates import issue, make_authority, read_pair
 from server.settings import read_settings
 from tests.deployed.cable import Cable
-from tests.deployed.stack import Stack, stack, until
+from tests.deployed.stack import Stack, stack, unproven, until
 from tests.deployed.test_outsiders import node_log
 from tests.deployed.test_survival import check_paid, fill, finished, is_connected, last_run
 
@@ -169,6 +169,7 @@ def on_a_small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@unproven
 def test_the_operators_disk_is_full(on_a_small_disk: Stack) -> None:
     """A run that cannot be kept stops and says so; with room again it goes on to its end."""
     up = on_a_small_disk
