@@ -10,10 +10,37 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from clients.enrolment import pinned
 from clients.features import encode
 from clients.table import CustomerTable
-from common.bundle import Bundle
-from common.errors import DataError
+from common.bundle import MANIFEST, Bundle
+from common.errors import BundleError, DataError
+from common.identity import read_members
+
+
+def check_signer(bundle: Bundle, folder: Path) -> bool:
+    """Check who signed a bundle; return False where nothing is pinned to check it by.
+
+    Args:
+        bundle: The bundle.
+        folder: The merchant's folder.
+
+    Raises:
+        BundleError: Not the coordinator that the merchant pinned.
+        IdentityError: The pinned list of members cannot be read.
+    """
+    listed = pinned(folder, "members.toml")
+    if not listed.is_file():
+        return False
+    witnesses = read_members(listed).witnesses
+    if not any(witnesses):
+        return False
+    if bundle.signer not in witnesses:
+        raise BundleError(
+            f"{bundle.folder / MANIFEST}: is signed by {bundle.signer.hex()[:16]}…, not by the "
+            f"coordinator that you pinned in {listed}; do not use it, and ask the coordinator"
+        )
+    return True
 
 
 def assign(bundle: Bundle, table: CustomerTable) -> pd.DataFrame:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from clients.merchant import Merchant
 from common.budget import Account, Budget
-from common.bundle import MANIFEST, Bundle
-from common.errors import BundleError, IdentityError
+from common.errors import IdentityError
 from common.identity import Identity, Members, read_identity, read_members
 from common.ledger import Ledger, read_ledger
 
@@ -76,28 +75,3 @@ def spent_by(merchant: Merchant) -> Account:
         return Account(budget)
     identity = read_identity(merchant.merchant.id, merchant.merchant.key)
     return read_ledger(merchant.ledger.path, budget, identity.public).account
-
-
-def check_signer(bundle: Bundle, folder: Path) -> bool:
-    """Check who signed a bundle; return False where nothing is pinned to check it by.
-
-    Args:
-        bundle: The bundle.
-        folder: The merchant's folder.
-
-    Raises:
-        BundleError: Not the coordinator that the merchant pinned.
-        IdentityError: The pinned list of members cannot be read.
-    """
-    listed = pinned(folder, "members.toml")
-    if not listed.is_file():
-        return False
-    witnesses = read_members(listed).witnesses
-    if not any(witnesses):
-        return False
-    if bundle.signer not in witnesses:
-        raise BundleError(
-            f"{bundle.folder / MANIFEST}: is signed by {bundle.signer.hex()[:16]}…, not by the "
-            f"coordinator that you pinned in {listed}; do not use it, and ask the coordinator"
-        )
-    return True

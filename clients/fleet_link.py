@@ -114,10 +114,10 @@ class _Open:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Let no request begin any more, and wait for those that have."""
+        """Let no request begin any more, and wait for those that have, as long as one may take."""
         with self._changed:
             self._closed = True
-            self._changed.wait_for(lambda: not self._count)
+            self._changed.wait_for(lambda: not self._count, _HTTP_S)
 
 
 class FleetLink:

@@ -169,8 +169,7 @@ def assign(
     The model must be signed by the coordinator that you pinned.
     """
     from clients.assignment import assign as assign_customers
-    from clients.assignment import write_assignments
-    from clients.enrolment import check_signer
+    from clients.assignment import check_signer, write_assignments
     from clients.merchant import read_merchant
     from clients.table import read_table
     from common.bundle import read_bundle

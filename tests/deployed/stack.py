@@ -20,6 +20,8 @@ from common.budget import Account, Budget
 from common.contract import contract_toml, read_contract
 from common.identity import read_members
 from common.ledger import read_ledger
+from server.settings import read_settings
+from tests.deployed.cable import Cable
 
 BIN = Path(sys.executable).parent
 OFFLINE = {
@@ -341,3 +343,19 @@ def stack(folder: Path, merchants: int = 3) -> Iterator[Stack]:
         yield found
     finally:
         found.down()
+
+
+@contextmanager
+def wired_stack(folder: Path, **contract: Any) -> Iterator[tuple[Stack, Cable]]:
+    """Give four merchants that joined, the last one behind a cable; a sum needs three."""
+    with stack(folder, 4) as found:
+        found.make(aggregation={"min_survivors": 3}, **contract)
+        found.start()
+        found.enrol()
+        cable = Cable(read_settings(found.operator).port)
+        found.lead(3, cable.port)
+        found.join()
+        try:
+            yield found, cable
+        finally:
+            cable.close()

@@ -13,9 +13,8 @@ from contextlib import suppress
 
 import pytest
 
-from server.settings import read_settings
 from tests.deployed.cable import Cable
-from tests.deployed.stack import Stack, stack
+from tests.deployed.stack import Stack, wired_stack
 from tests.deployed.test_survival import last_run, record_of
 
 pytestmark = pytest.mark.slow
@@ -29,21 +28,12 @@ ROUNDS = 10
 @pytest.fixture(scope="module")
 def hurt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Cable]]:
     """Give four merchants, one of them behind a cable that can be cut."""
-    with stack(tmp_path_factory.mktemp("federation"), 4) as found:
-        found.make(
-            rounds=ROUNDS,
-            aggregation={"min_survivors": 3},
-            federation={"round_timeout_s": 20.0},
-        )
-        found.start()
-        found.enrol()
-        cable = Cable(read_settings(found.operator).port)
-        found.lead(3, cable.port)
-        found.join()
-        try:
-            yield found, cable
-        finally:
-            cable.close()
+    with wired_stack(
+        tmp_path_factory.mktemp("federation"),
+        rounds=ROUNDS,
+        federation={"round_timeout_s": 20.0},
+    ) as found:
+        yield found
 
 
 def fault(chance: random.Random, found: Stack, cable: Cable) -> str:
@@ -96,6 +86,7 @@ def test_a_hurt_run(hurt: tuple[Stack, Cable], seed: int) -> None:
     assert code in {0, 1}, (done, printed)
     name = found.runs[run.pid]
     if code and "before it began" in printed:  # killed before its first word: nothing was asked
+        assert any("coordinator" in one or "superlink" in one for one in done), (done, printed)
         assert all(name not in account.runs for account in found.ledgers().values())
         return
     assert name == last_run(found)

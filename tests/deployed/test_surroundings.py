@@ -15,9 +15,8 @@ import pytest
 
 from common.contract import read_contract
 from server.certificates import issue, make_authority, read_pair
-from server.settings import read_settings
 from tests.deployed.cable import Cable
-from tests.deployed.stack import Stack, stack, unproven, until
+from tests.deployed.stack import Stack, stack, unproven, until, wired_stack
 from tests.deployed.test_outsiders import node_log
 from tests.deployed.test_survival import check_paid, fill, finished, is_connected, last_run
 
@@ -27,17 +26,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wired(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Cable]]:
     """Give four merchants that joined, the last one behind a cable; a sum needs three."""
-    with stack(tmp_path_factory.mktemp("federation"), 4) as found:
-        found.make(rounds=4, aggregation={"min_survivors": 3})
-        found.start()
-        found.enrol()
-        cable = Cable(read_settings(found.operator).port)
-        found.lead(3, cable.port)
-        found.join()
-        try:
-            yield found, cable
-        finally:
-            cable.close()
+    with wired_stack(tmp_path_factory.mktemp("federation"), rounds=4) as found:
+        yield found
 
 
 def everybody_is_there(up: Stack) -> None:
