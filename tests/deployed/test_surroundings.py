@@ -16,7 +16,7 @@ import pytest
 from common.contract import read_contract
 from server.certificates import issue, make_authority, read_pair
 from tests.deployed.cable import Cable
-from tests.deployed.stack import Stack, stack, unproven, until, wired_stack
+from tests.deployed.stack import Stack, stack, until, wired_stack
 from tests.deployed.test_outsiders import node_log
 from tests.deployed.test_survival import check_paid, fill, finished, is_connected, last_run
 
@@ -159,7 +159,6 @@ def on_a_small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@unproven
 def test_the_operators_disk_is_full(on_a_small_disk: Stack) -> None:
     """A run that cannot be kept stops and says so; with room again it goes on to its end."""
     up = on_a_small_disk
