@@ -34,6 +34,7 @@ from server.runs import RunState, RunStore, sqlite_url
 from tests.deployed.stack import Stack, free_ports, stack
 
 _STAGES = 3
+_PATIENCE_S = 6.0  # of a stage, per merchant: all of them share this machine
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -121,7 +122,8 @@ def measure(merchants: int, rounds: int, turns: int, *, beside: bool) -> dict[st
         tempfile.TemporaryDirectory(prefix="hansa-") as scratch,
         stack(Path(scratch) / "ours", merchants) as ours,
     ):
-        ours.up(rounds=rounds)
+        patience = max(30.0, _PATIENCE_S * merchants)
+        ours.up(rounds=rounds, federation={"round_timeout_s": patience})
         numbers = network_of(read_contract(ours.operator / "contract.toml")).size
         if not beside:
             return _summary(ours, [(one_run(ours), None) for _ in range(turns)])

@@ -1,8 +1,10 @@
 """A Flower `Grid` that outlives a SuperLink: what fails on the way there is tried again.
 
 Flower's own retry gives up where the error speaks of TLS, which is how a SuperLink looks that is
-killed in the middle of a handshake. And it waits for three minutes, for everybody, where one
-node was lost between announcing a reply and handing in its parts.
+killed in the middle of a handshake. It gives up as well where a busy SuperLink did not store a
+part of a message: its database was locked for too long, or it had stored the part and the answer
+was lost. And it waits for three minutes, for everybody, where one node was lost between announcing
+a reply and handing in its parts.
 """
 
 import logging
@@ -14,7 +16,7 @@ from typing import TypeVar
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_objects
 from flwr.superlink.grid import http_grid
 
 from common.errors import RunError
@@ -60,15 +62,15 @@ class PatientGrid:
         while True:
             try:
                 return call()
-            except (httpx.HTTPError, OSError) as error:
+            except (httpx.HTTPError, OSError, ObjectPushError) as error:
                 if not _passes(error):
                     raise
                 if time.monotonic() > end:
                     raise RunError(
-                        f"the SuperLink did not answer for {_LONGEST_S:g} s ({error}); go on with "
-                        "hansa server resume when it is back"
+                        f"the SuperLink did not do its part for {_LONGEST_S:g} s ({error}); go on "
+                        "with hansa server resume when it is back"
                     ) from None
-                logger.warning("the SuperLink does not answer (%s)", type(error).__name__)
+                logger.warning("the SuperLink did not do its part (%s)", type(error).__name__)
             self._on_wait()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
