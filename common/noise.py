@@ -16,6 +16,8 @@ from jaxtyping import Bool, Int64
 
 from common.discrete_gaussian import choose_plan, samples
 
+_SAMPLES = 2**16  # of a table at a time: what they take stays in the processor's cache
+
 
 class NoiseSource:
     """A stream of random numbers that nobody without the key can predict.
@@ -41,9 +43,9 @@ class NoiseSource:
     def discrete_gaussian(self, count: int, stddev: float) -> Int64[np.ndarray, " count"]:
         """Return integers k with probability proportional to exp(-k^2 / (2 stddev^2)).
 
-        A table sample takes one AES block: its first 8 bytes, little-endian, are the upper word
-        of a 128-bit uniform and its last 8 the lower one. A number takes the same count of
-        blocks each, in order, so two draws of n make the same numbers as one of 2n.
+        Drawn in blocks of 65,536 table samples. Of a block the first 16 bits of every uniform
+        come first, little-endian, the first table sample of each number before the second of
+        each; then the words that `common.discrete_gaussian.base_samples` asks for.
 
         Args:
             count: How many.
@@ -57,8 +59,14 @@ class NoiseSource:
         `common.discrete_gaussian`.
         """
         plan = choose_plan(stddev)
-        words = self._words(2 * plan.draws * count).reshape(-1, 2)
-        return samples(plan, words)
+        numbers = np.empty(count, dtype=np.int64)
+        at_once = _SAMPLES // plan.draws
+        for start in range(0, count, at_once):
+            part = numbers[start : start + at_once]
+            bits = self._stream.update(bytes(2 * plan.draws * part.size))
+            prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, part.size)
+            part[:] = samples(plan, prefixes, self._words)
+        return numbers
 
     def chosen(self, count: int, rate: float) -> Bool[np.ndarray, " count"]:
         """Return independent coin flips that are true with chance `rate`, to 2**-53."""

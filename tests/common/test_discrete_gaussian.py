@@ -23,6 +23,7 @@ from common.discrete_gaussian import (
     MIN_STDDEV,
     Plan,
     Table,
+    Words,
     base_samples,
     base_table,
     choose_plan,
@@ -64,9 +65,31 @@ def reference(variance: Fraction, reach: int) -> list[Decimal]:
         return [*reversed(half[1:]), *half]
 
 
-def words_of(uniforms: list[int]) -> np.ndarray:
-    """Return 128-bit integers as pairs of words."""
-    return np.array([divmod(uniform, 2**64) for uniform in uniforms], dtype=np.uint64)
+def looked_up(table: Table, uniforms: list[int]) -> list[int]:
+    """Return what 128-bit uniforms become, one at a time, their bits given out as asked for."""
+    return [_looked_up(table, uniform) for uniform in uniforms]
+
+
+def _looked_up(table: Table, uniform: int) -> int:
+    rest = [(uniform >> 64) % 2**48 << 16, uniform % 2**64]
+
+    def words(count: int) -> np.ndarray:
+        assert count == 1
+        return np.array([rest.pop(0)], dtype=np.uint64)
+
+    return int(base_samples(table, np.array([uniform >> 112], dtype=np.uint16), words)[0])
+
+
+def no_words(count: int) -> np.ndarray:
+    """Give nothing out."""
+    raise AssertionError(f"{count} words were asked for")
+
+
+def stream(seed: int, count: int) -> tuple[np.ndarray, Words]:
+    """Return random prefixes, and where further words come from."""
+    generator = np.random.default_rng(seed)
+    prefixes = generator.integers(0, 2**16, count, dtype=np.uint16)
+    return prefixes, lambda more: generator.integers(0, 2**64, more, dtype=np.uint64)
 
 
 def distance(counts: list[int], unit: int, expected: list[Decimal]) -> Decimal:
@@ -178,39 +201,50 @@ class TestLookup:
         near = {end + shift for end in ends for shift in (-1, 0, 1)}
         uniforms = sorted(near - {2**128})  # one past the greatest uniform
         expected = [bisect_right(ends, uniform) - table.reach for uniform in uniforms]
-        assert base_samples(table, words_of(uniforms)).tolist() == expected
+        assert looked_up(table, uniforms) == expected
 
     def test_several_thresholds_share_a_high_word(self) -> None:
         """In the tails the low word alone tells many thresholds apart."""
         table = base_table(20.0)
         shared = np.flatnonzero(table.high == 0)
         assert shared.size > 50
-        uniforms = table.low[shared]
-        words = np.stack([np.zeros_like(uniforms), uniforms], axis=1)
-        assert base_samples(table, words).tolist() == (shared + 1 - table.reach).tolist()
+        expected = (shared + 1 - table.reach).tolist()
+        assert looked_up(table, table.low[shared].tolist()) == expected
 
-    def test_low_word_is_not_looked_at_without_a_tie(self) -> None:
-        """Any low word gives the same number where the high word lies between thresholds."""
+    def test_no_more_bits_than_needed(self) -> None:
+        """A prefix between two thresholds asks for no word."""
         table = base_table(300.0)
-        high = int(table.high[3000]) + 1
-        words = words_of([high << 64, (high << 64) + 2**64 - 1])
-        assert base_samples(table, words).tolist() == [3001 - table.reach] * 2
+        settled = np.flatnonzero(table.guide >= 0).astype(np.uint16)
+        assert 0.9 * 2**16 < settled.size < 2**16
+        base_samples(table, settled, no_words)
 
     def test_ends(self) -> None:
         """The least and the greatest uniform give the two ends of the table."""
         table = base_table(300.0)
-        ends = base_samples(table, words_of([0, 2**128 - 1]))
-        assert ends.tolist() == [-table.reach, table.reach]
+        assert looked_up(table, [0, 2**128 - 1]) == [-table.reach, table.reach]
 
-    def test_random_words(self) -> None:
-        """Random uniforms give what a search by integers gives."""
-        table = base_table(411.7)
+    @pytest.mark.parametrize("stddev", [20.0, 411.7, 512.0])
+    def test_random_words(self, stddev: float) -> None:
+        """Random uniforms, many at once, give what a search by integers gives."""
+        table = base_table(stddev)
         ends = thresholds(table)
-        words = np.random.default_rng(0).integers(0, 2**64, (5000, 2), dtype=np.uint64)
-        expected = [
-            bisect_right(ends, (high << 64) + low) - table.reach for high, low in words.tolist()
-        ]
-        assert base_samples(table, words).tolist() == expected
+        prefixes, words = stream(0, 20_000)
+        given: list[int] = []
+
+        def recorded(count: int) -> np.ndarray:
+            more = words(count)
+            given.extend(more.tolist())
+            return more
+
+        found = base_samples(table, prefixes, recorded).tolist()
+        expected = []
+        for prefix in prefixes.tolist():
+            uniform = prefix << 112
+            if table.guide[prefix] < 0:
+                uniform += given.pop(0) >> 16 << 64
+            expected.append(bisect_right(ends, uniform) - table.reach)
+        assert found == expected
+        assert not given
 
 
 class TestPlan:
@@ -289,18 +323,24 @@ class TestSum:
     def test_order(self) -> None:
         """Neighbours are put together first, the second of each pair times the multiplier."""
         plan, table = Plan(300.0, (5, 70)), base_table(300.0)
-        words = np.random.default_rng(1).integers(0, 2**64, (12, 2), dtype=np.uint64)
-        z = base_samples(table, words).tolist()
+        prefixes, words = stream(1, 12)
+        z = base_samples(table, prefixes, words).tolist()
         expected = [
-            (z[i] + 5 * z[i + 1]) + 70 * (z[i + 2] + 5 * z[i + 3]) for i in range(0, len(z), 4)
-        ]
-        assert samples(plan, words).tolist() == expected
+            (z[i] + 5 * z[i + 3]) + 70 * (z[i + 6] + 5 * z[i + 9]) for i in range(3)
+        ]  # three numbers, of which each has a column
+        assert samples(plan, *_columns(1)).tolist() == expected
 
     def test_largest(self) -> None:
         """The largest sample of the largest parameter is below 37 of it: no overflow."""
         plan = choose_plan(MAX_STDDEV)
-        largest = samples(plan, words_of([2**128 - 1] * plan.draws))
+        prefixes = np.full((plan.draws, 1), 2**16 - 1, dtype=np.uint16)
+        largest = samples(plan, prefixes, lambda n: np.full(n, 2**64 - 1, dtype=np.uint64))
         assert 2.0**51 < largest[0] < 37 * MAX_STDDEV
+
+
+def _columns(seed: int) -> tuple[np.ndarray, Words]:
+    prefixes, words = stream(seed, 12)
+    return prefixes.reshape(4, 3), words
 
 
 class TestSamples:

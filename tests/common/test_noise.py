@@ -34,20 +34,20 @@ class TestKnownAnswers:
     @pytest.mark.parametrize(
         ("stddev", "expected"),
         [
-            (20.0, [18, 25, 13, -18, -39, 7, 24, -13]),
-            (1000.5, [1484, -648, -259, -246, 398, 1202, 976, 650]),
-            (1e6, [-793145, -483837, 1269630, 830815, 291673, 1134378, 542484, 226142]),
+            (20.0, [3, 11, -11, 18, 33, -4, -18, 0]),
+            (1000.5, [-271, 623, 385, 1484, 2227, -886, 380, -671]),
+            (1e6, [-533557, -286827, -120740, -793145, 361311, -81116, 2958710, -381145]),
             (
                 2.0**48,
                 [
+                    -390359820863141,
+                    59134237649579,
+                    119367302007414,
                     -178330162653205,
-                    263970102659470,
-                    362190937456608,
-                    134702473096257,
-                    -27527690971547,
-                    -622352133156857,
-                    -420426591669966,
-                    471230206996966,
+                    108890370470925,
+                    -174547986412140,
+                    -96400534437307,
+                    141603732351234,
                 ],
             ),
         ],
@@ -58,26 +58,36 @@ class TestKnownAnswers:
         assert numbers.dtype == np.int64
         assert numbers.tolist() == expected
 
-    def test_discrete_gaussian_by_hand(self) -> None:
-        """A block is a uniform of 128 bits; two make a number with one multiplier."""
-        key = bytes(range(32))
-        words = np.frombuffer(keystream(key, 8 * 2 * 16), dtype="<u8").tolist()
-        plan = choose_plan(1000.5)
+    @pytest.mark.parametrize("stddev", [20.0, 1000.5, 1e6])
+    def test_discrete_gaussian_by_hand(self, stddev: float) -> None:
+        """Uniforms of 128 bits, of which no more is read than a look-up needs."""
+        key, count = bytes(range(32)), 3000
+        plan = choose_plan(stddev)
         table = base_table(plan.base_stddev)
         ends = [int(high) * 2**64 + int(low) for high, low in np.stack([table.high, table.low]).T]
-        z = [
-            bisect_right(ends, high * 2**64 + low) - table.reach
-            for high, low in zip(words[::2], words[1::2], strict=True)
-        ]
-        expected = [one + 3 * other for one, other in zip(z[::2], z[1::2], strict=True)]
-        assert NoiseSource(key).discrete_gaussian(8, 1000.5).tolist() == expected
+        stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        prefixes = np.frombuffer(stream.update(bytes(2 * plan.draws * count)), dtype="<u2")
+        z = []
+        for prefix in prefixes.tolist():
+            least = bisect_right(ends, prefix << 112)
+            if bisect_right(ends, (prefix << 112) + 2**112 - 1) > least:
+                word = int.from_bytes(stream.update(bytes(8)), "little") >> 16
+                upper = ((prefix << 48) + word) << 64
+                least = bisect_right(ends, upper)
+                assert bisect_right(ends, upper + 2**64 - 1) == least  # no tie under this key
+            z.append(least - table.reach)
+        rows = np.array(z).reshape(plan.draws, count)
+        for multiplier in plan.multipliers:
+            rows = np.stack([rows[k] + multiplier * rows[k + 1] for k in range(0, len(rows), 2)])
+        assert NoiseSource(key).discrete_gaussian(count, stddev).tolist() == rows[0].tolist()
 
-    @pytest.mark.parametrize("stddev", [20.0, 1000.5, 1e6])
-    def test_draws_add_up(self, stddev: float) -> None:
-        """Three integers and five more are the eight of one draw."""
+    def test_blocks(self) -> None:
+        """What does not fit into a block is drawn as a draw of its own from the same stream."""
+        block = 2**16 // 4
         source = NoiseSource(bytes(32))
-        parts = [*source.discrete_gaussian(3, stddev), *source.discrete_gaussian(5, stddev)]
-        assert parts == NoiseSource(bytes(32)).discrete_gaussian(8, stddev).tolist()
+        parts = [source.discrete_gaussian(count, 1e6).tolist() for count in (block, block, 5)]
+        whole = NoiseSource(bytes(32)).discrete_gaussian(2 * block + 5, 1e6).tolist()
+        assert [number for part in parts for number in part] == whole
 
     def test_chosen(self) -> None:
         """A customer is chosen when the top 53 bits of its word lie below the rate."""

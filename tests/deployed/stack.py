@@ -30,10 +30,6 @@ OFFLINE = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-unproven = pytest.mark.skipif(
-    "HANSA_UNPROVEN" not in os.environ,
-    reason="was written and not yet seen to pass; HANSA_UNPROVEN=1 runs it",
-)
 lengthy = pytest.mark.skipif(
     "HANSA_LENGTHY" not in os.environ,
     reason="takes minutes, and others test nearly the same; HANSA_LENGTHY=1 runs it",

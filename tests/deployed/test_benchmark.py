@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed.stack import OFFLINE, unproven
+from tests.deployed.stack import OFFLINE
 
-pytestmark = [pytest.mark.slow, unproven]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
