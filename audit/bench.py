@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt
 from audit.subject import Merchant, Question, Subject, Table, noise_shares
 from common.contract import Contract
 from common.events import Event
-from common.fixed_point import SMOOTHING_STEPS, Lattice, lattice_sensitivity
+from common.fixed_point import SMOOTHING_STEPS, Lattice
 from common.network import Network, network_of
 from common.plan import UPDATE, Release, evaluation_rounds, lattice_of, plan_of
 
@@ -83,8 +83,7 @@ class Kind:
     @cached_property
     def sensitivity(self) -> float:
         """What one customer may move the rounded sum by, in L2, in its unit."""
-        release = self.release
-        return lattice_sensitivity(release.event.sensitivity, release.length, release.steps)
+        return self.release.sensitivity
 
     @cached_property
     def stddev(self) -> float:

@@ -298,7 +298,9 @@ def _stddev(record: RunRecord, one: RecordedSum) -> float:
     release = release_of(contract, one.stage, one.round)
     if release is None or not one.merchants:
         return math.inf
-    sensitivity = lattice_sensitivity(one.event.sensitivity, release.length, release.steps)
+    sensitivity = lattice_sensitivity(
+        one.event.sensitivity, release.length, release.steps, release.error
+    )
     shares = len(one.merchants) / contract.noise_contributors
     return one.event.noise_multiplier * sensitivity * math.sqrt(shares)
 

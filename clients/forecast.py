@@ -14,7 +14,6 @@ from common.accounting import epsilon, gaussian_epsilon, mu_for, person_table, w
 from common.budget import DAY_S, Account, Charge, RunAccount
 from common.contract import Contract
 from common.events import Event, GaussianSum, merged
-from common.fixed_point import lattice_sensitivity
 from common.plan import UPDATE, Release, evaluation_rounds, plan_of
 
 MOST_RUNS, MOST_ROUNDS = 1000, 100_000
@@ -311,10 +310,9 @@ class Crowd:
 
     def _stddev(self, release: Release) -> float:
         """Return the noise in each number of a sum over all merchants."""
-        sensitivity = lattice_sensitivity(release.event.sensitivity, release.length, release.steps)
         shares = max(self.merchants, self.contract.min_survivors)
         spread = math.sqrt(shares / self.contract.noise_contributors)
-        return release.event.noise_multiplier * sensitivity * spread
+        return release.event.noise_multiplier * release.sensitivity * spread
 
     @property
     def noise(self) -> float:

@@ -7,29 +7,41 @@ Bu et al. 2023, "Differentially private optimization on large model at small cos
 
 Rows do not know each other. A matrix product chooses its kernel, hence its rounding, by its
 shape; one more customer would then move everybody's gradient, and a hostile choice of parameters
-blows that up (docs/privacy-model.md). So every product on the way to a gradient has one shape, a
-tile of `tile` rows, filled up with nothing, of a width that keeps every row aligned alike. Of one
-shape a library rounds every row alike, which is not taken on trust: `Kernel` tries it with its
-own buffers before its first sum, and without that goes number by number. For the same reason the
-K-th of many models gets the very numbers that it would get alone.
+blows that up (docs/privacy-model.md). Here every product on the way to a gradient has a multiple
+of 32 rows, filled up with nothing, of a width that keeps all rows aligned alike. On the libraries
+at hand a row is then rounded alike in every place of every such product. That is not taken on
+trust: `Kernel` tries all shapes that it may use, with its own buffers, before its first sum.
+Where it does not hold, it takes products of one single shape; where those are no better, it goes
+number by number. For the same reason the K-th of many models gets the very numbers that it would
+get alone.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Float64, Int, Int64
 
-from common.fixed_point import BLOCK_ROWS
+from common.fixed_point import BLOCK_ROWS, CHUNK_ROWS, TILE_ROWS, TILES_AT_ONCE
 from common.network import Network, row_by_row
 
-_LARGEST = {torch.float32: 2.0**30, torch.float64: 2.0**300}  # norm of a layer's inputs
+Precision = Literal["float32", "float64"]
+
+_TORCH = {"float32": torch.float32, "float64": torch.float64}
+_LARGEST = {"float32": 2.0**30, "float64": 2.0**300}  # norm of a layer's inputs
 _STABILISER = 1e-6  # Opacus': the factor is min(1, C / (norm + 1e-6))
+_ALIGNED = (16, 64)  # bytes that rows are filled up to: what does here, and a cache line
+_VECTOR = 32  # bytes
+_GRAIN = 32  # rows; products have multiples of it
+_CACHE = 2**20  # bytes of the numbers that one pass works on
 _TRIALS = 3
-_ALIGNED = (16, 64)  # bytes to which rows are filled up: what suffices here, and what a cache line is
+_MOST_VIEWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,34 +49,27 @@ class Table:
     """A merchant's customers as a kernel takes them.
 
     Attributes:
-        inputs: [R, F].
-        labels: [R], int64.
+        inputs: [R, W], in the kernel's precision: F features, a one, and zeros to fill up.
+        labels: [R].
     """
 
-    inputs: torch.Tensor
-    labels: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, x: Float[np.ndarray, "R F"], y: Int[np.ndarray, " R"], dtype: torch.dtype
-    ) -> "Table":
-        """Make a table of model inputs and segment ids."""
-        return cls(torch.from_numpy(x).to(dtype), torch.from_numpy(y.astype(np.int64)))
+    inputs: Float[np.ndarray, "R W"]
+    labels: Int64[np.ndarray, " R"]
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """Rows of one model in one pass: the first `rows` of its tiles."""
+class _Chunk:
+    """Some rows of one model, next to each other in the buffers."""
 
     model: int
-    first: int  # tile
-    tiles: int
+    first: int  # row of the buffers
     rows: int
+    filled: int  # rows, with those that are filled up with nothing
     table: Table
-    chosen: torch.Tensor | slice
+    chosen: Int[np.ndarray, " _"] | slice
 
 
 class Kernel:
@@ -73,302 +78,415 @@ class Kernel:
     Args:
         network: Shape of the models.
         models: K.
-        dtype: torch.float32 or torch.float64, of everything up to a tile's sum.
-        tile: Rows of a tile, T.
+        precision: Of everything up to a tile's sum; what comes after is float64.
 
     Guarantee: one customer moves the exact sum of the gradients as computed by at most
     `clip_norm` in L2, and the computed sum by no more than
-    `common.fixed_point.lattice_sensitivity` allows for, whatever the parameters.
+    `common.fixed_point.lattice_sensitivity` allows for, whatever the parameters. In float32 the
+    rows must come in a secret random order.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        models: int = 1,
-        dtype: torch.dtype = torch.float64,
-        tile: int = 64,
-    ) -> None:
-        self.network, self.models, self.dtype, self.tile = network, models, dtype, tile
-        self._lock = threading.Lock()
+    def __init__(self, network: Network, models: int = 1, precision: Precision = "float64") -> None:
+        self.network, self.models, self.precision = network, models, precision
+        self._type = _TORCH[precision]
+        self._tile = TILE_ROWS if precision == "float32" else BLOCK_ROWS
         self._depth = len(network.dims) - 1
-        for self._aligned in _ALIGNED:
-            self._lay_out()
-            if self._rows_are_alone():
-                return
-        self._by_tiles = False
+        self._lock = threading.Lock()
+        self._steps: int | None = None  # rows of a product: any; or so many; 0: number by number
+        for aligned in _ALIGNED:
+            self._lay_out(aligned)
+            for self._steps in (None, _GRAIN):
+                if self._rows_are_alone():
+                    return
+        self._steps = 0
 
-    def _lay_out(self) -> None:
-        """Make the models' padded weights, and room for two tiles."""
-        network = self.network
-        self._widths = [(self._padded(i + 1), self._padded(o)) for i, o in pairwise(network.dims)]
-        size = sum(wide * high for wide, high in self._widths)
-        self._weights = torch.zeros(self.models, size, dtype=self.dtype)
-        self._total = torch.zeros(self.models, size, dtype=torch.float64)
-        self._partial = torch.zeros(self.models, size, dtype=torch.float64)
-        self._product = torch.zeros(size, dtype=self.dtype)
-        self._products = [product[0] for product in self._layers(self._product[None])]
-        layers = self._layers(self._weights)
-        self._forward = [[model.T for model in layer] for layer in layers]
-        self._backward = [
-            [model[:, : self._widths[n - 1][1]] for model in layers[n]] if n else []
-            for n in range(self._depth)
-        ]
-        self._by_tiles = True
-        self._tiles = 0
-        self._make_room(2)
+    @cached_property
+    def padding(self) -> Int64[np.ndarray, " _"]:
+        """Places of a packed vector that are no parameters, but fill it up."""
+        return np.flatnonzero(self.pack(np.ones((1, self.network.size)))[0] == 0)
 
-    def _padded(self, width: int) -> int:
-        unit = self._aligned // (4 if self.dtype == torch.float32 else 8)
-        return -(-width // unit) * unit
+    @property
+    def size(self) -> int:
+        """Numbers of a packed vector, Q: parameters in the kernel's layout, filled up with 0."""
+        return self._weights.shape[1]
 
-    def _layers(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return padded matrices [K, out, in] of each layer as views into flat ones."""
-        sizes = [wide * high for wide, high in self._widths]
-        return [
-            part.unflatten(1, (high, wide))
-            for part, (wide, high) in zip(flat.split(sizes, dim=1), self._widths, strict=True)
-        ]
+    def table(self, x: Float[np.ndarray, "R F"], y: Int[np.ndarray, " R"]) -> Table:
+        """Make a table of model inputs and segment ids.
 
-    def _load(self, thetas: torch.Tensor) -> None:
-        """Take over the models' parameters, [K, P]."""
-        for padded, layer in zip(
-            self._layers(self._weights), _layers(self.network, thetas), strict=True
-        ):
-            padded[:, : layer.shape[1], : layer.shape[2]] = layer
+        Raises:
+            IndexError: A segment id is not one of the network's.
+        """
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.network.dims[-1]:
+            raise IndexError(f"segment ids must lie from 0 to {self.network.dims[-1] - 1}")
+        inputs = np.zeros((len(x), self._widths[0][0]), dtype=self.precision)
+        inputs[:, : x.shape[1]] = x
+        inputs[:, x.shape[1]] = 1.0
+        return Table(inputs, np.asarray(y, dtype=np.int64))
+
+    def pack(self, vectors: Float64[np.ndarray, "N P"]) -> Float64[np.ndarray, "N Q"]:
+        """Return flat vectors in the kernel's layout: a matrix [in, out] a layer, filled up."""
+        packed = torch.zeros(len(vectors), self.size, dtype=torch.float64)
+        for own, layer in self._matched(packed, torch.from_numpy(np.ascontiguousarray(vectors))):
+            own.copy_(layer)
+        return packed.numpy()
+
+    def unpack(self, packed: Float64[np.ndarray, "N Q"]) -> Float64[np.ndarray, "N P"]:
+        """Return packed vectors as flat ones."""
+        vectors = torch.empty(len(packed), self.network.size, dtype=torch.float64)
+        for own, layer in self._matched(torch.from_numpy(packed), vectors):
+            layer.copy_(own)
+        return vectors.numpy()
 
     @torch.inference_mode()
     def sums(
         self,
-        thetas: Float64[np.ndarray, "K P"],
+        thetas: Float64[np.ndarray, "K Q"],
         tables: Sequence[Table],
         chosen: Sequence[Int[np.ndarray, " _"] | None],
         clip_norm: float,
-    ) -> Float64[np.ndarray, "K P"]:
+    ) -> Float64[np.ndarray, "K Q"]:
         """Sum, for each model, its customers' cross-entropy gradients, clipped to `clip_norm`.
 
         Args:
-            thetas: Flat parameters, one model a row.
+            thetas: Packed parameters, one model a row.
             tables: Of each model.
             chosen: For each model the rows to take, in this order; None for all.
             clip_norm: L2 bound C, in the unit of the gradient.
 
         Returns:
-            One sum a row; zero where no customer is chosen. The caller's own.
+            One packed sum a row; zero where no customer is chosen. The caller's own.
         """
         with self._lock:
-            self._load(torch.from_numpy(np.ascontiguousarray(thetas)))
+            self._weights.copy_(torch.from_numpy(thetas))
             self._total.zero_()
-            for segments in self._passes(tables, chosen):
-                self._pass(segments, clip_norm)
-            sums = torch.empty(self.models, self.network.size, dtype=torch.float64)
-            for padded, layer in zip(
-                self._layers(self._total), _layers(self.network, sums), strict=True
-            ):
-                layer.copy_(padded[:, : layer.shape[1], : layer.shape[2]])
-            return sums.numpy()
+            self._partial.zero_()
+            self._summed = [0] * self.models  # rows in what is summed partially
+            for chunks in self._passes(tables, chosen):
+                self._pass(chunks, clip_norm)
+            sums: Float64[np.ndarray, "K Q"] = np.add(self._total.numpy(), self._partial.numpy())
+            return sums
+
+    def _lay_out(self, aligned: int) -> None:
+        """Make the models' padded weights, and room for two tiles."""
+        unit = aligned // self._type.itemsize
+        self._widths = [
+            (-(-(inp + 1) // unit) * unit, -(-out // unit) * unit)
+            for inp, out in pairwise(self.network.dims)
+        ]
+        vector = _VECTOR // self._type.itemsize  # a softmax over less takes five times as long
+        wide, high = self._widths[-1]
+        self._widths[-1] = wide, -(-high // vector) * vector
+        size = sum(wide * high for wide, high in self._widths)
+        self._weights = torch.zeros(self.models, size, dtype=self._type)
+        self._total = torch.zeros(self.models, size, dtype=torch.float64)
+        self._partial = torch.zeros(self.models, size, dtype=torch.float64)
+        self._product, self._other = torch.zeros(2, size, dtype=self._type)
+        layers = self._layers(self._weights)
+        self._forward = [list(layer) for layer in layers]
+        self._backward = [
+            [model[: self._widths[n - 1][1]].T for model in layers[n]] if n else []
+            for n in range(self._depth)
+        ]
+        self._products = [layer[0] for layer in self._layers(self._product[None])]
+        self._more = [layer[0] for layer in self._layers(self._other[None])]
+        width = sum(map(sum, self._widths)) * self._type.itemsize
+        fitting = _CACHE // width // TILE_ROWS * TILE_ROWS
+        self._most = min(max(fitting, TILE_ROWS), CHUNK_ROWS)  # rows of a chunk, and of a pass
+        self._buffers = _Buffers(self.network.dims, self._widths, self._type, self._most)
+        self._views: dict[tuple[int, ...], _Views] = {}
+
+    def _layers(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        """Return the matrices [K, in, out] of each layer as views into packed vectors."""
+        return _split(packed, self._widths)
+
+    def _matched(
+        self, packed: torch.Tensor, flat: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pair the parameters of packed vectors with those of flat ones, layer by layer."""
+        shapes = [(out, inp + 1) for inp, out in pairwise(self.network.dims)]
+        return [
+            (own[:, : layer.shape[2], : layer.shape[1]].transpose(1, 2), layer)
+            for own, layer in zip(self._layers(packed), _split(flat, shapes), strict=True)
+        ]
 
     def _passes(
         self, tables: Sequence[Table], chosen: Sequence[Int[np.ndarray, " _"] | None]
-    ) -> Iterator[list[_Segment]]:
-        """Divide all chosen rows into passes of at most `BLOCK_ROWS` rows, models in order."""
-        most = max(BLOCK_ROWS // self.tile, 1)
-        segments: list[_Segment] = []
+    ) -> Iterator[list[_Chunk]]:
+        """Put chunks together that fit into the cache.
+
+        How a model's rows are divided depends on their number alone: a sum must be the same
+        whoever else is summed.
+        """
+        chunks: list[_Chunk] = []
         used = 0
         for model, (table, rows) in enumerate(zip(tables, chosen, strict=True)):
             count = len(table) if rows is None else len(rows)
-            start = 0
-            while start < count:
-                tiles = min(-(-(count - start) // self.tile), most - used)
-                stop = min(start + tiles * self.tile, count)
-                part = slice(start, stop) if rows is None else torch.from_numpy(rows[start:stop])
-                segments.append(_Segment(model, used, tiles, stop - start, table, part))
-                used, start = used + tiles, stop
-                if used == most:
-                    yield segments
-                    segments, used = [], 0
-        if segments:
-            yield segments
+            for start in range(0, count, self._most):
+                size = min(count - start, self._most)
+                filled = -(-size // _GRAIN) * _GRAIN
+                if used + filled > self._most:
+                    yield chunks
+                    chunks, used = [], 0
+                stop = start + size
+                part = slice(start, stop) if rows is None else rows[start:stop]
+                chunks.append(_Chunk(model, used, size, filled, table, part))
+                used += filled
+        if chunks:
+            yield chunks
 
-    def _pass(self, segments: list[_Segment], clip_norm: float) -> None:
-        tiles = segments[-1].first + segments[-1].tiles
-        self._make_room(tiles)
-        for segment in segments:
-            self._fill(segment)
-        owners = [segment.model for segment in segments for _ in range(segment.tiles)]
-        factor = self._clipped(owners, clip_norm)
-        for segment in segments:
-            first = segment.first * self.tile
-            factor[first + segment.rows : first + segment.tiles * self.tile] = 0.0
-        for deltas in self._deltas:
-            deltas[: tiles * self.tile].mul_(factor[:, None])
-        self._partial.zero_()
-        if self.dtype == torch.float64:
-            for segment in segments:
-                rows = slice(
-                    segment.first * self.tile, (segment.first + segment.tiles) * self.tile
-                )
-                for inputs, deltas, product in zip(
-                    self._inputs, self._deltas, self._products, strict=True
-                ):
-                    torch.mm(deltas[rows].T, inputs[rows], out=product)
-                self._partial[segment.model] += self._product
-        else:
-            for number, model in enumerate(owners):
-                for parts, product in zip(self._sum_tiles, self._products, strict=True):
-                    torch.mm(*parts[number], out=product)
-                self._partial[model] += self._product
-        self._total += self._partial
+    def _pass(self, chunks: list[_Chunk], clip_norm: float) -> None:
+        for chunk in chunks:
+            self._fill(chunk)
+        views = self._views_of(tuple(chunk.filled for chunk in chunks))
+        factor = self._clipped(views, [chunk.model for chunk in chunks], clip_norm)
+        for chunk in chunks:
+            factor[chunk.first + chunk.rows : chunk.first + chunk.filled] = 0.0
+        for deltas in views.deltas:
+            deltas.mul_(views.factor)
+        for number, chunk in enumerate(chunks):
+            partial = self._partial[chunk.model]
+            for tiles in views.parts[number]:
+                self._sum(tiles)
+                partial += self._product
+            self._summed[chunk.model] += chunk.filled
+            if self._summed[chunk.model] + self._most > BLOCK_ROWS:
+                self._total[chunk.model] += partial
+                partial.zero_()
+                self._summed[chunk.model] = 0
 
-    def _fill(self, segment: _Segment) -> None:
-        first = segment.first * self.tile
-        end, stop = first + segment.rows, first + segment.tiles * self.tile
-        inputs, features = self._inputs[0], self.network.dims[0]
-        inputs[first:end, :features] = segment.table.inputs[segment.chosen]
-        inputs[end:stop, :features] = 0.0
-        self._labels[first:end, 0] = segment.table.labels[segment.chosen]
-        self._labels[end:stop] = 0
+    def _sum(self, tiles: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+        """Add up some tiles' products, layer by layer."""
+        for number, layers in enumerate(tiles):
+            target = self._more if number else self._products
+            for (inputs, deltas), product in zip(layers, target, strict=True):
+                torch.mm(inputs, deltas, out=product)
+            if number:
+                self._product += self._other
 
-    def _clipped(self, owners: Sequence[int], clip_norm: float) -> torch.Tensor:
+    def _fill(self, chunk: _Chunk) -> None:
+        end, stop = chunk.first + chunk.rows, chunk.first + chunk.filled
+        inputs, labels = self._buffers.input_rows, self._buffers.label_rows
+        if isinstance(chunk.chosen, slice):
+            inputs[chunk.first : end] = chunk.table.inputs[chunk.chosen]
+            labels[chunk.first : end] = chunk.table.labels[chunk.chosen]
+        else:  # "clip" spares numpy a copy
+            rows = chunk.chosen
+            np.take(chunk.table.inputs, rows, 0, out=inputs[chunk.first : end], mode="clip")
+            np.take(chunk.table.labels, rows, 0, out=labels[chunk.first : end], mode="clip")
+        inputs[end:stop] = 0.0
+        labels[end:stop] = 0
+
+    def _clipped(
+        self, views: "_Views", owners: Sequence[int], clip_norm: float
+    ) -> Float[np.ndarray, " _"]:
         """Fill inputs and output gradients of all layers; return each row's clipping factor."""
-        count = len(owners) * self.tile
-        self._go_forward(owners, count)
-        self._go_backward(owners, count)
-        squares = torch.zeros(count, dtype=self.dtype)
-        tame = True
-        for inputs, deltas in zip(self._inputs, self._deltas, strict=True):
-            norm = torch.linalg.vector_norm(inputs[:count], dim=1)
-            tame = tame and bool(norm.max() <= _LARGEST[self.dtype])
-            norm.mul_(torch.linalg.vector_norm(deltas[:count], dim=1))
-            squares.addcmul_(norm, norm)
-        factor = (clip_norm / (squares.sqrt_() + _STABILISER)).clamp_(max=1.0)
-        if not (tame and bool(factor.min() > 0.0)):
-            self._leave_out(count, factor)
+        self._go_forward(views, owners)
+        self._go_backward(views, owners)
+        for layer in range(self._depth):
+            torch.linalg.vector_norm(views.inputs[layer], dim=1, out=views.input_norms[layer])
+            torch.linalg.vector_norm(views.deltas[layer], dim=1, out=views.delta_norms[layer])
+        tame = views.norm_numbers.max() <= _LARGEST[self.precision]
+        views.delta_norms.mul_(views.input_norms)
+        torch.sum(views.delta_norms.mul_(views.delta_norms), 0, out=views.norm)
+        factor = views.factor_numbers
+        np.sqrt(factor, out=factor)
+        factor += _STABILISER
+        np.divide(clip_norm, factor, out=factor)
+        np.minimum(factor, 1.0, out=factor)
+        if not (tame and factor.min() > 0.0):
+            self._leave_out(views)
         return factor
 
-    def _leave_out(self, count: int, factor: torch.Tensor) -> None:
+    def _leave_out(self, views: "_Views") -> None:
         """Take rows out whose gradient this number format cannot hold; each by itself."""
-        kept = torch.isfinite(factor) & (factor > 0.0)
-        for inputs in self._inputs:
-            kept &= torch.linalg.vector_norm(inputs[:count], dim=1) <= _LARGEST[self.dtype]
-        factor[~kept] = 0.0
-        for numbers in (*self._inputs, *self._deltas):
-            numbers[:count][~kept] = 0.0
-        for inputs, width in zip(self._inputs, self.network.dims, strict=False):
-            inputs[:count, width] = 1.0
+        kept = (views.norm > 0.0) & (views.input_norms <= _LARGEST[self.precision]).all(dim=0)
+        views.norm[~kept] = 0.0
+        for numbers in (*views.inputs, *views.deltas):
+            numbers[~kept] = 0.0
+        for inputs, width in zip(views.inputs, self.network.dims, strict=False):
+            inputs[:, width] = 1.0
 
-    def _go_forward(self, owners: Sequence[int], count: int) -> None:
-        last = self._depth - 1
-        for layer in range(self._depth):
-            out = self._logits if layer == last else self._deltas[layer]
-            self._products_of(self._inputs, out, self._forward[layer], layer, owners)
-            if layer == last:
-                break
-            width = self.network.dims[layer + 1]
-            before, hidden = out[:count, :width], self._inputs[layer + 1][:count, :width]
-            if self.network.activation == "relu":
-                torch.clamp_min(before, 0.0, out=hidden)
+    def _go_forward(self, views: "_Views", owners: Sequence[int]) -> None:
+        for layer, (source, weights) in enumerate(
+            zip(views.input_chunks, self._forward, strict=True)
+        ):
+            if layer < self._depth - 1:
+                self._multiply(source, weights, owners, views.delta_chunks[layer])
+                if self.network.activation == "relu":
+                    torch.clamp_min(views.before[layer], 0.0, out=views.hidden[layer])
+                else:
+                    torch.tanh(views.before[layer], out=views.hidden[layer])
             else:
-                torch.tanh(before, out=hidden)
-        segments = self.network.dims[-1]
-        delta = self._deltas[last][:count]
-        delta[:, :segments] = torch.softmax(self._logits[:count, :segments], 1)
-        delta.scatter_add_(1, self._labels[:count], self._minus[:count])
+                self._multiply(source, weights, owners, views.logit_chunks)
+        if views.no_segments is not None:
+            views.no_segments.fill_(-math.inf)
+        torch.softmax(views.logits, 1, out=views.deltas[-1])
+        views.deltas[-1].scatter_add_(1, views.labels, views.minus)
 
-    def _go_backward(self, owners: Sequence[int], count: int) -> None:
+    def _go_backward(self, views: "_Views", owners: Sequence[int]) -> None:
         for layer in range(self._depth - 1, 0, -1):
-            out = self._deltas[layer - 1]
-            self._products_of(self._deltas, out, self._backward[layer], layer, owners)
-            width = self.network.dims[layer]
-            hidden, delta = self._inputs[layer][:count, :width], out[:count, :width]
-            out[:count, width:] = 0.0  # what the bias's column left there
+            chunks = views.delta_chunks
+            self._multiply(chunks[layer], self._backward[layer], owners, chunks[layer - 1])
+            hidden, delta = views.hidden[layer - 1], views.before[layer - 1]
             if self.network.activation == "relu":
                 torch.ops.aten.threshold_backward.grad_input(delta, hidden, 0, grad_input=delta)
             else:
                 torch.ops.aten.tanh_backward.grad_input(delta, hidden, grad_input=delta)
+            spare = views.spare[layer - 1]
+            if spare is not None:
+                spare.zero_()  # what the bias's row left there
 
-    def _products_of(
+    def _multiply(
         self,
-        sources: list[torch.Tensor],
-        out: torch.Tensor,
-        weights: list[torch.Tensor],
-        layer: int,
+        rows: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
         owners: Sequence[int],
+        results: Sequence[torch.Tensor],
     ) -> None:
-        """Multiply each tile's rows with its model's weights."""
-        rows, results = self._cut[id(sources[layer])], self._cut[id(out)]
-        if self._by_tiles:
-            for number, model in enumerate(owners):
-                torch.mm(rows[number], weights[model], out=results[number])
-            return
-        for number, model in enumerate(owners):
-            matrix = np.zeros((weights[model].shape[1], weights[model].shape[0] + 1))
-            matrix[:, :-1] = weights[model].T.numpy()
-            product = row_by_row(rows[number].double().numpy(), matrix)
-            results[number].copy_(torch.from_numpy(np.ascontiguousarray(product)))
+        """Multiply each chunk's rows with its model's weights."""
+        for source, model, result in zip(rows, owners, results, strict=True):
+            if self._steps is None:
+                torch.mm(source, weights[model], out=result)
+            elif self._steps:
+                for start in range(0, len(source), self._steps):
+                    part = slice(start, start + self._steps)
+                    torch.mm(source[part], weights[model], out=result[part])
+            else:
+                matrix = np.zeros((weights[model].shape[1], weights[model].shape[0] + 1))
+                matrix[:, :-1] = weights[model].T.numpy()
+                product = row_by_row(source.numpy().astype(np.float64), matrix)
+                result.copy_(torch.from_numpy(np.ascontiguousarray(product)))
 
-    def _make_room(self, tiles: int) -> None:
-        """Have buffers for so many tiles."""
-        if tiles <= self._tiles:
-            return
-        self._tiles = max(tiles, 2 * self._tiles)
-        rows, dims = self._tiles * self.tile, self.network.dims
-        self._inputs = [torch.zeros(rows, wide, dtype=self.dtype) for wide, _ in self._widths]
-        for inputs, width in zip(self._inputs, dims, strict=False):
-            inputs[:, width] = 1.0
-        self._deltas = [torch.zeros(rows, high, dtype=self.dtype) for _, high in self._widths]
-        self._logits = torch.zeros_like(self._deltas[-1])
-        self._labels = torch.zeros(rows, 1, dtype=torch.int64)
-        self._minus = torch.full((rows, 1), -1.0, dtype=self.dtype)
-        self._cut = {
-            id(buffer): buffer.split(self.tile)
-            for buffer in (*self._inputs, *self._deltas, self._logits)
-        }
-        self._sum_tiles = [
-            [(d.T, a) for d, a in zip(self._cut[id(d)], self._cut[id(a)], strict=True)]
-            for d, a in zip(self._deltas, self._inputs, strict=True)
-        ]
+    def _views_of(self, sizes: tuple[int, ...]) -> "_Views":
+        """Return views of chunks of these sizes, one after the other."""
+        if sizes not in self._views:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            self._views[sizes] = _Views(self._buffers, sizes, self._tile)
+        return self._views[sizes]
 
     @torch.inference_mode()
     def _rows_are_alone(self) -> bool:
-        """Try whether a row's numbers are the same at every place of both tiles, in any company.
+        """Try whether a row's numbers are the same at every place of every size, in any company.
 
         Operations on one shape do the same whatever the numbers are, so that a difference shows
         with nearly any numbers.
         """
         generator = np.random.default_rng(0)
+        features = self.network.dims[0]
+        inputs, labels = self._buffers.input_rows[:, :features], self._buffers.label_rows
         for trial in range(_TRIALS):
-            theta = generator.normal(size=(1, self.network.size)) * 3.0**trial
-            self._load(torch.from_numpy(theta).expand(self.models, -1))
-            rows, features = 2 * self.tile, self.network.dims[0]
-            row = torch.from_numpy(generator.uniform(-1, 1, features))
-            self._inputs[0][:rows, :features] = row
-            self._labels[:rows] = int(generator.integers(self.network.dims[-1]))
-            everywhere = self._numbers(2)
-            if not bool((everywhere == everywhere[0]).all()):
+            theta = generator.normal(size=self.network.size) * 3.0**trial
+            packed = torch.from_numpy(self.pack(theta[None]))
+            self._weights.copy_(packed.expand(self.models, -1))
+            row = generator.uniform(-1, 1, features)
+            inputs[:], labels[:] = row, generator.integers(self.network.dims[-1])
+            everywhere = self._numbers(self._most)
+            if not (everywhere == everywhere[0]).all():
                 return False
-            company = torch.from_numpy(generator.uniform(-1, 1, (rows, features)))
-            for place in (0, 1, self.tile // 2 + 1, self.tile - 1):
-                self._inputs[0][:rows, :features] = company
-                self._inputs[0][place, :features] = row
-                for tiles in (1, 2):
-                    if not torch.equal(self._numbers(tiles)[place], everywhere[0]):
-                        return False
+            company = generator.uniform(-1, 1, inputs.shape)
+            for size in range(_GRAIN, self._most + 1, _GRAIN):
+                inputs[:] = company
+                places = [size - _GRAIN + generator.integers(_GRAIN), generator.integers(size)]
+                inputs[places] = row
+                if not (self._numbers(size)[places] == everywhere[0]).all():
+                    return False
         return True
 
-    def _numbers(self, tiles: int) -> torch.Tensor:
+    def _numbers(self, size: int) -> Float[np.ndarray, "_ _"]:
         """Return all numbers of each row that enter a sum."""
-        factor = self._clipped([0] * tiles, 1.0)
-        rows = tiles * self.tile
-        parts = [part[:rows] for part in (*self._inputs[1:], *self._deltas)]
-        return torch.cat([*parts, factor[:, None]], dim=1)
+        views = self._views_of((size,))
+        factor = self._clipped(views, [0], 1.0)
+        parts = [part.numpy() for part in (*views.inputs[1:], *views.deltas)]
+        return np.concatenate([*parts, factor[:, None]], axis=1)
 
 
-def _layers(network: Network, thetas: torch.Tensor) -> list[torch.Tensor]:
-    """Return the layers' matrices [K, out, in + 1] as views into flat vectors [K, P]."""
-    sizes = [out * (inp + 1) for inp, out in pairwise(network.dims)]
+class _Buffers:
+    """The numbers of all rows in a pass, layer by layer, filled up to aligned widths."""
+
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        widths: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        rows: int,
+    ) -> None:
+        self.dims, self.rows = dims, rows
+        self.inputs = [torch.zeros(rows, wide, dtype=dtype) for wide, _ in widths]
+        for inputs, width in zip(self.inputs, dims, strict=False):
+            inputs[:, width] = 1.0
+        self.deltas = [torch.zeros(rows, high, dtype=dtype) for _, high in widths]
+        self.logits = torch.zeros_like(self.deltas[-1])
+        self.labels = torch.zeros(rows, 1, dtype=torch.int64)
+        self.minus = torch.full((rows, 1), -1.0, dtype=dtype)
+        self.norms = torch.zeros(2, len(widths), rows, dtype=dtype)
+        self.factor = torch.zeros(rows, dtype=dtype)
+        self.input_rows = self.inputs[0].numpy()
+        self.label_rows = self.labels.numpy()[:, 0]
+
+
+class _Views:
+    """Chunks at the start of buffers; kept, since making views takes longer than small sums."""
+
+    def __init__(self, buffers: _Buffers, sizes: tuple[int, ...], tile: int) -> None:
+        rows, dims = sum(sizes), buffers.dims
+        self.inputs = [inputs[:rows] for inputs in buffers.inputs]
+        self.deltas = [deltas[:rows] for deltas in buffers.deltas]
+        self.input_chunks = [_rows(inputs, sizes) for inputs in self.inputs]
+        self.delta_chunks = [_rows(deltas, sizes) for deltas in self.deltas]
+        self.logit_chunks = _rows(buffers.logits, sizes)
+        starts = list(accumulate(sizes, initial=0))
+        tiles = [
+            [
+                [
+                    (inputs[place:end].T, deltas[place:end])
+                    for inputs, deltas in zip(self.inputs, self.deltas, strict=True)
+                ]
+                for place in range(start, stop, tile)
+                for end in [min(place + tile, stop)]
+            ]
+            for start, stop in pairwise(starts)
+        ]
+        self.parts = [
+            [chunk[n : n + TILES_AT_ONCE] for n in range(0, len(chunk), TILES_AT_ONCE)]
+            for chunk in tiles
+        ]
+        self.before = [
+            deltas[:, :width] for deltas, width in zip(self.deltas, dims[1:-1], strict=False)
+        ]
+        self.hidden = [
+            inputs[:, :width] for inputs, width in zip(self.inputs[1:], dims[1:-1], strict=True)
+        ]
+        self.spare = [
+            deltas[:, width:] if width < deltas.shape[1] else None
+            for deltas, width in zip(self.deltas, dims[1:-1], strict=False)
+        ]
+        self.logits = buffers.logits[:rows]
+        filled_up = dims[-1] < self.logits.shape[1]
+        self.no_segments = self.logits[:, dims[-1] :] if filled_up else None
+        self.labels, self.minus = buffers.labels[:rows], buffers.minus[:rows]
+        self.input_norms, self.delta_norms = buffers.norms[:, :, :rows]
+        self.norm_numbers = self.input_norms.numpy()
+        self.norm = buffers.factor[:rows]  # which the factor takes the place of
+        self.factor, self.factor_numbers = self.norm[:, None], self.norm.numpy()
+
+
+def _rows(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Return so many rows after so many rows as views."""
+    ends = list(accumulate(sizes))
+    return [tensor[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Return matrices [K, high, wide] one after the other as views into [K, P]."""
+    ends = list(accumulate(high * wide for high, wide in shapes))
     return [
-        part.unflatten(1, (out, inp + 1))
-        for part, (inp, out) in zip(
-            thetas.split(sizes, dim=1), pairwise(network.dims), strict=True
-        )
+        flat[:, end - high * wide : end].view(len(flat), high, wide)
+        for end, (high, wide) in zip(ends, shapes, strict=True)
     ]
+
+
+@lru_cache(maxsize=16)
+def kernel_of(network: Network, models: int, precision: Precision) -> Kernel:
+    """Return a kernel of this process; its buffers and its trial are shared."""
+    return Kernel(network, models, precision)

@@ -21,7 +21,7 @@ from common.fixed_point import (
 from common.noise import NoiseSource
 
 
-def noisy_sum(
+def noisy_sum(  # noqa: PLR0913  # all but one by name
     exact: Float[np.ndarray, " P"],
     *,
     sensitivity: float,
@@ -29,6 +29,7 @@ def noisy_sum(
     contributors: int,
     noise: NoiseSource,
     steps: int = STEPS_PER_UNIT,
+    error: float = 0.0,
 ) -> Int[np.ndarray, " P"]:
     """Round a sum to the lattice and add this merchant's share of the noise.
 
@@ -41,6 +42,7 @@ def noisy_sum(
             do alone.
         noise: Stream that this release draws from; no other release may use it.
         steps: Lattice steps in one sensitivity.
+        error: Of float32, relative to the sensitivity (`common.fixed_point.float32_error`).
 
     Returns:
         Multiples of `lattice_step(sensitivity, steps)`.
@@ -52,7 +54,7 @@ def noisy_sum(
     Raises:
         AccountingError: The noise would be too fine or too coarse for the lattice argument.
     """
-    stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size, steps)
+    stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size, steps, error)
     needed = stddev / math.sqrt(contributors) / lattice_step(sensitivity, steps)
     share = math.hypot(needed, SMOOTHING_STEPS)
     if not (needed > 0 and share >= MIN_NOISE_STEPS):

@@ -1,7 +1,7 @@
 """The same sum with Opacus' per-sample gradients: much slower, for any module Opacus validates.
 
 One customer at a time: Opacus' matrix products round differently with the number of rows, and a
-hostile choice of parameters can blow that up (see `clients.training`).
+hostile choice of parameters can blow that up (see `clients.kernel`).
 """
 
 import numpy as np

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from clients.kernel import kernel_of
+from clients.local_steps import MAX_PARAMETER, Task, local_updates
 from clients.release import noisy_sum
 from clients.secure_party import Masked, SecureParty
-from clients.training import GradientSum, clipped_gradient_sum, sampled
+from clients.training import GradientSum, clipped_gradient_sum
 from common.budget import Charge, Occasion
 from common.contract import Contract
 from common.errors import (
@@ -60,8 +62,6 @@ from common.wire import (
 )
 
 logger = logging.getLogger("hansa.merchant")
-
-_MAX_PARAMETER = 1e6  # of a model that is accepted, and of one that is sent
 
 NoiseFor = Callable[[str, int, int], NoiseSource]  # (stage, round, attempt) -> stream of its own
 
@@ -308,7 +308,7 @@ class Worker:
         if request.round > rounds:
             raise WireError(f"field 'round': the contract ends after {rounds} rounds")
         theta = request.parameters
-        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) <= _MAX_PARAMETER):
+        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) <= MAX_PARAMETER):
             raise WireError(
                 f"field 'vector': expected {self._network.size} finite model parameters"
             )
@@ -355,6 +355,7 @@ class Worker:
             contributors=self.contract.noise_contributors,
             noise=noise,
             steps=release.steps,
+            error=release.error,
         )
 
     def _local_update(
@@ -365,24 +366,36 @@ class Worker:
         Steps are divided by the noisy average number of customers, never by this merchant's
         own exact number; the change is post-processing of the noisy sums.
         """
-        training, clip_norm = self.contract.training, release.event.sensitivity
+        training = self.contract.training
         batch = max(request.customers_per_merchant, 1.0) * training.sampling_rate
-        start, theta = request.parameters, request.parameters.copy()
-        for _ in range(training.local_steps):
-            rows = sampled(len(self._train[1]), training.sampling_rate, noise)
-            x, y = self._train[0][rows], self._train[1][rows]
-            exact = self._gradient_sum(self._network, theta, x, y, clip_norm)
-            gradient = from_lattice(
-                self._noisy(release, exact, noise), lattice_step(clip_norm, release.steps)
-            )
-            pull = training.proximal * (theta - start)
-            with np.errstate(over="ignore", invalid="ignore"):
-                theta = theta - training.local_learning_rate * (gradient / batch + pull)
-            # whether this merchant answers must not depend on its customers: never diverge
-            theta = np.clip(np.nan_to_num(theta), -_MAX_PARAMETER, _MAX_PARAMETER)
+        if training.engine == "opacus":
+            change = self._local_change(release, request, noise, batch)
+        else:
+            kernel = kernel_of(self._network, 1, "float32")
+            task = Task(kernel.table(*self._train), request.parameters, batch, noise)
+            change = local_updates(kernel, [task], training, release)[0]
         aggregation = self.contract.aggregation
         lattice, bound = local_lattice(aggregation.ring_bits, self.contract.max_merchants)
-        return to_lattice(np.clip(theta - start, -bound, bound), lattice.step)
+        return to_lattice(np.clip(change, -bound, bound), lattice.step)
+
+    def _local_change(
+        self, release: Release, request: SumRequest, noise: NoiseSource, batch: float
+    ) -> Float[np.ndarray, " P"]:
+        """Take the same steps with Opacus' gradients."""
+        training, start = self.contract.training, request.parameters
+        theta = start.copy()
+        for _ in range(training.local_steps):
+            rows = noise.sampled(len(self._train[1]), training.sampling_rate)
+            x, y = self._train[0][rows], self._train[1][rows]
+            exact = self._gradient_sum(self._network, theta, x, y, release.event.sensitivity)
+            gradient = from_lattice(
+                self._noisy(release, exact, noise),
+                lattice_step(release.event.sensitivity, release.steps),
+            )
+            pull = training.proximal * (theta - start)
+            theta = theta - training.local_learning_rate * (gradient / batch + pull)
+            theta = np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER)
+        return theta - start
 
 
 def _told(refusal: HansaError) -> str:

@@ -24,11 +24,16 @@ MIN_NOISE_STEPS = 50.0  # below this the argument of the docs is not made
 SMOOTHING_STEPS = 5.0  # of the noise, given away to make integers as good as real numbers
 SUMMATION_ERROR = 15.0 * 2.0**-20  # of float64 sums with and without a customer, sensitivities
 BLOCK_ROWS = 8192  # rows that are summed at once
+CHUNK_ROWS = 2048  # rows of a part of it
+TILE_ROWS = 128  # rows that a float32 number is a sum over
+TILES_AT_ONCE = 4  # of which as many are added up in float32
 MAX_SUMMANDS = 7_000_000  # customers of one merchant that the slack covers
 MAX_NOISE_STEPS = 2.0**47
 NOISE_REACH = 20.0  # standard deviations for which a ring keeps room
 _LOCAL_BOUND = {32: 64.0, 64: 2.0**20}  # of one merchant's change of a parameter
 _LOCAL_BITS = 30  # after the point, where the ring has room for them
+_LOCAL_NOISE_STEPS = 60_000.0
+_FEWEST_LOCAL_STEPS = 2**14
 _LIMIT = 2**52  # integers that float64 holds exactly, with room to spare in int64 sums
 
 
@@ -54,7 +59,9 @@ def lattice_step(sensitivity: float, steps: int = STEPS_PER_UNIT) -> float:
     return sensitivity / steps
 
 
-def lattice_sensitivity(sensitivity: float, length: int, steps: int = STEPS_PER_UNIT) -> float:
+def lattice_sensitivity(
+    sensitivity: float, length: int, steps: int = STEPS_PER_UNIT, error: float = 0.0
+) -> float:
     """Bound in L2 what one customer adds to a rounded sum of `length` numbers.
 
     Adding one customer moves the exact sum by at most `sensitivity`. Rounding moves each
@@ -62,8 +69,35 @@ def lattice_sensitivity(sensitivity: float, length: int, steps: int = STEPS_PER_
     summation adds `SUMMATION_ERROR`: n customers, summed in blocks of B = 8192 rows, are off by
     at most (n B + n^2 / B) 2^-53 sensitivities a number (Higham 2002, section 4.2), which is
     below 7.5 * 2^-20, with and without the customer, for n up to `MAX_SUMMANDS`.
+
+    Args:
+        sensitivity: L2 sensitivity of the exact sum.
+        length: Numbers in the sum.
+        steps: Lattice steps in one sensitivity.
+        error: Relative error where gradients are computed in float32: `float32_error`.
     """
-    return sensitivity * (1.0 + math.sqrt(length) * (1.0 / steps + SUMMATION_ERROR))
+    lattice = math.sqrt(length) * (1.0 / steps + SUMMATION_ERROR)
+    return sensitivity * (1.0 + error + lattice)
+
+
+def float32_error(dims: tuple[int, ...]) -> float:
+    """Bound what float32 adds to the sensitivity of a sum of clipped gradients, relative to it.
+
+    With u = 2^-24, T = `TILE_ROWS` and q = `TILES_AT_ONCE`; proof in docs/privacy-model.md:
+
+    - a gradient's norm is computed to (W + 2 L + 16) u, with W the widest layer's inputs and L
+      the number of layers; taken twice;
+    - a sum over T rows is off by at most (T + 1) T u clip norms in L2, a sum of q of those by
+      (q - 1) q T u more. Rows come in a random order, in which one customer more changes the rows
+      of two tiles; with and without it that is four times both.
+
+    Args:
+        dims: Layer sizes from inputs to segments.
+    """
+    norm = 2.0 * (max(dims) + 8 + 2 * len(dims) + 16)
+    tiles = 4.0 * (TILE_ROWS + 1) * TILE_ROWS
+    groups = 4.0 * (TILES_AT_ONCE - 1) * TILES_AT_ONCE * TILE_ROWS
+    return 1.001 * (norm + tiles + groups) * 2.0**-24  # 1.001 for what is of second order
 
 
 def ring_steps(ring_bits: int, max_customers: int, noise_multiplier: float, spread: float) -> int:
@@ -89,6 +123,16 @@ def ring_steps(ring_bits: int, max_customers: int, noise_multiplier: float, spre
             "bits; lower it, or set aggregation.ring_bits = 64"
         )
     return int(min(STEPS_PER_UNIT, 2 ** math.floor(math.log2(room))))
+
+
+def local_steps(noise_multiplier: float) -> int:
+    """Return the lattice steps in one sensitivity of a sum that stays with its merchant.
+
+    A power of two. Nothing has to fit into a ring; noise of up to `_LOCAL_NOISE_STEPS` takes two
+    look-ups in a table, wider noise four (`common.discrete_gaussian`).
+    """
+    fine = 2.0 ** math.floor(math.log2(_LOCAL_NOISE_STEPS / max(noise_multiplier, 1e-9)))
+    return int(min(max(fine, _FEWEST_LOCAL_STEPS), STEPS_PER_UNIT))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ whoever knows the seed, so results made with it are marked "not for release".
 """
 
 import hashlib
+import math
 import os
 
 import numpy as np
@@ -72,6 +73,23 @@ class NoiseSource:
         """Return independent coin flips that are true with chance `rate`, to 2**-53."""
         uniform = (self._words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return uniform < rate
+
+    def sampled(self, count: int, rate: float) -> Int64[np.ndarray, " chosen"]:
+        """Return who is chosen of `count`, each with chance `rate` (to 2**-53), in random order.
+
+        Each has one word. Whose upper 53 bits lie below the rate is chosen; the order is that of
+        the words of the chosen ones, which are uniform, whoever is chosen. If two are equal, all
+        get new words for the order.
+        """
+        words = self._words(count)
+        limit = np.uint64(math.ceil(rate * 2.0**53))
+        rows = np.flatnonzero(words >> np.uint64(11) < limit)
+        keys = words[rows]
+        order = np.argsort(keys)
+        while (keys[order[1:]] == keys[order[:-1]]).any():
+            keys = self._words(rows.size)
+            order = np.argsort(keys)
+        return rows[order]
 
     def _words(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
         return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")

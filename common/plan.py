@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 from common.accounting import epsilon, mu_for, sampled_noise_multiplier
 from common.budget import Charge
@@ -16,10 +17,12 @@ from common.errors import AccountingError
 from common.events import Event, GaussianSum, PoissonGaussianSum
 from common.fixed_point import (
     MIN_NOISE_STEPS,
-    STEPS_PER_UNIT,
     Lattice,
+    float32_error,
+    lattice_sensitivity,
     lattice_step,
     local_lattice,
+    local_steps,
     ring_steps,
 )
 from common.network import network_of
@@ -36,6 +39,12 @@ class Release:
     length: int  # numbers in the vector
     times: int  # how often the plan pays for it
     steps: int  # lattice steps in one sensitivity
+    error: float = 0.0  # of float32, relative to the sensitivity
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 bound on what one customer moves, as it is computed and rounded."""
+        return lattice_sensitivity(self.event.sensitivity, self.length, self.steps, self.error)
 
     def towards_server(self, contributors: int) -> Event:
         """Return the event towards whoever sees this merchant's single vector."""
@@ -154,15 +163,27 @@ def plan_of(contract: Contract) -> Plan:
         event = PoissonGaussianSum(
             sigma, privacy.clip_norm, training.sampling_rate, training.local_steps
         )
+    network, single = network_of(contract), training.mode == "local"
     update = Release(
         UPDATE,
         event,
-        network_of(contract).size,
+        network.size,
         training.rounds + training.spare_rounds,
         # in mode local, noise stays at the merchant and no ring limits its lattice
-        STEPS_PER_UNIT if training.mode == "local" else _steps(contract, event.noise_multiplier),
+        local_steps(event.noise_multiplier) if single else _steps(contract, event.noise_multiplier),
+        float32_error(network.dims) if precision_of(contract) == "float32" else 0.0,
     )
     return Plan(census, update, evaluation, final, profile_or_none)
+
+
+def precision_of(contract: Contract) -> Literal["float32", "float64"]:
+    """Return the number format in which a merchant computes gradients.
+
+    Float32 where it takes many steps of its own; what is computed once a round for a sum over
+    all merchants is float64, as is what Opacus computes.
+    """
+    training = contract.training
+    return "float32" if (training.mode, training.engine) == ("local", "fused") else "float64"
 
 
 def _steps(contract: Contract, noise_multiplier: float) -> int:

@@ -19,7 +19,7 @@ from common.accounting import epsilon
 from common.contract import Contract
 from common.errors import ArchiveError, RunError, SecureSumError
 from common.events import Event, to_document
-from common.fixed_point import Lattice, from_lattice, lattice_sensitivity
+from common.fixed_point import Lattice, from_lattice
 from common.identity import Members
 from common.network import initial_parameters, parameters_sha256
 from common.plan import (
@@ -402,8 +402,7 @@ class Coordinator:
     def _decoded(
         self, release: Release, number: int, found: LatticeSum, lattice: Lattice
     ) -> NoisySum:
-        sensitivity = lattice_sensitivity(release.event.sensitivity, release.length, release.steps)
-        share = release.event.noise_multiplier * sensitivity
+        share = release.event.noise_multiplier * release.sensitivity
         stddev = share * np.sqrt(len(found.merchants) / self._contract.noise_contributors)
         parts = {name: from_lattice(part, lattice.step) for name, part in found.parts.items()}
         total = from_lattice(found.total, lattice.step)

@@ -32,7 +32,7 @@ LIBRARIES = {
         "simulations/run.py",
     },
     "torch": {
-        "clients/training.py",
+        "clients/kernel.py",
         "clients/training_opacus.py",
         "clients/worker.py",
         "common/models.py",

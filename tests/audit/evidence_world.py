@@ -31,7 +31,7 @@ from common.chain import (
 from common.contract import Contract, contract_toml, parse_contract
 from common.events import Event, from_document, to_document
 from common.evidence import write_evidence
-from common.fixed_point import from_lattice, lattice_sensitivity
+from common.fixed_point import from_lattice
 from common.identity import Identity
 from common.network import initial_parameters
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, evaluation_rounds, lattice_of, plan_of
@@ -479,9 +479,7 @@ class _Run:
         self.outcome.events.append((stage, release.event))
         self.outcome.survivors.append(None if failed else len(merchants))
         values = from_lattice(total, lattice.step)
-        share = release.event.noise_multiplier * lattice_sensitivity(
-            release.event.sensitivity, release.length, release.steps
-        )
+        share = release.event.noise_multiplier * release.sensitivity
         stddev = share * np.sqrt(len(merchants) / self.contract.noise_contributors)
         return NoisySum(stage, number, values, float(stddev), tuple(merchants), {})
 

@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.training import _backward, clipped_gradient_sum, sampled
+from clients.training import clipped_gradient_sum
 from clients.training_opacus import clipped_gradient_sum_opacus
 from common.network import Network
-from common.noise import NoiseSource
 
 SHAPES = [(5, 3), (5, 4, 3), (5, 1, 3), (5, 4, 6, 3), (5, 4, 3, 6, 3)]
 
@@ -140,7 +139,7 @@ class TestSensitivity:
 
         Many customers are alike and the hidden unit is zero for them but for rounding; matrix
         products round differently for another number of rows, which moved the sum by up to
-        360 clip norms before `common.network.row_by_row`.
+        360 clip norms in a first version.
         """
         network = Network(dims)
         for seed in range(8):
@@ -153,19 +152,6 @@ class TestSensitivity:
             without = clipped_gradient_sum(network, theta, x[1:].copy(), y[1:], 1.0)
             assert np.linalg.norm(whole - without) <= 1.0 + 1e-9
 
-    @pytest.mark.parametrize("activation", ["relu", "tanh"])
-    @pytest.mark.parametrize("dims", [(26, 4), (26, 9), (5, 1, 2), (13, 7, 5, 12)], ids=str)
-    def test_rows_do_not_know_each_other(self, dims: tuple[int, ...], activation: str) -> None:
-        """Forward and backward, a customer's numbers are the same in any company."""
-        network = Network(dims, activation)
-        theta, x, y = problem(network, 41)
-        whole = _backward(network, network.layers(theta), x, y)
-        for part in (slice(7, 8), slice(7, 9), slice(7, 10), slice(3, 36)):
-            alone = _backward(network, network.layers(theta), x[part], y[part])
-            for arrays, others in zip(whole, alone, strict=True):
-                for array, other in zip(arrays, others, strict=True):
-                    assert np.array_equal(array[part], other)
-
     @pytest.mark.parametrize("dims", [(4, *[64] * 8, 3), (4096, 4, 3)], ids=str)
     def test_largest_parameters(self, dims: tuple[int, ...]) -> None:
         """The largest network and parameters that a worker accepts overflow nothing."""
@@ -174,24 +160,6 @@ class TestSensitivity:
         x, y = np.ones((3, dims[0])), np.array([0, 1, 2])
         total = clipped_gradient_sum(network, theta, x, y, 2.0)
         assert np.linalg.norm(total) <= 6.0 + 1e-9
-
-
-class TestSampled:
-    """sampled."""
-
-    def test_everybody(self) -> None:
-        """Rate 1 takes every customer and draws nothing."""
-        source, fresh = (NoiseSource.seeded(0, "x") for _ in range(2))
-        assert sampled(9, 1.0, source) == slice(None)
-        assert source.discrete_gaussian(2, 1e9).tolist() == fresh.discrete_gaussian(2, 1e9).tolist()
-
-    def test_each_with_a_chance(self) -> None:
-        """Below 1 every customer has a coin of its own, new in every step."""
-        source = NoiseSource.seeded(0, "x")
-        one, other = sampled(2000, 0.5, source), sampled(2000, 0.5, source)
-        assert isinstance(one, np.ndarray)
-        assert 850 < one.sum() < 1150
-        assert not np.array_equal(one, other)
 
 
 def test_repeatable() -> None:

@@ -7,6 +7,7 @@ from bisect import bisect_right
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from scipy import stats
 
 import common.noise
 from common.discrete_gaussian import base_table, choose_plan
@@ -167,3 +168,33 @@ def test_impossible_stddev(stddev: float) -> None:
 def test_certain_choice(rate: float, all_or_none: bool) -> None:
     """Rate 1 takes everybody and rate 0 nobody."""
     assert set(NoiseSource.fresh().chosen(1000, rate).tolist()) == {all_or_none}
+
+
+class TestSampled:
+    """Who is chosen, and in which order."""
+
+    @pytest.mark.parametrize("rate", [0.0, 1e-3, 0.3, 1.0])
+    def test_same_as_chosen(self, rate: float) -> None:
+        """One word decides about each, as in `chosen`."""
+        rows = NoiseSource.seeded(0, "x").sampled(5000, rate)
+        chosen = NoiseSource.seeded(0, "x").chosen(5000, rate)
+        assert sorted(rows.tolist()) == np.flatnonzero(chosen).tolist()
+
+    def test_order_is_uniform(self) -> None:
+        """Among three that are chosen all six orders are equally likely; false alarm 1e-6."""
+        source = NoiseSource.seeded(2, "order")
+        counts: dict[tuple[int, ...], int] = {}
+        for _ in range(6000):
+            rows = tuple(source.sampled(5, 0.5).tolist())
+            if set(rows) == {0, 2, 3}:
+                counts[rows] = counts.get(rows, 0) + 1
+        assert len(counts) == 6
+        assert stats.chisquare(list(counts.values())).pvalue > 1e-6
+
+    def test_equal_words_are_drawn_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tie would favour the table's order."""
+        words = [np.zeros(3, dtype=np.uint64), np.array([5, 5, 1]), np.array([9, 2, 4])]
+        source = NoiseSource.seeded(0)
+        monkeypatch.setattr(source, "_words", lambda count: words.pop(0).astype(np.uint64)[:count])
+        assert source.sampled(3, 0.5).tolist() == [1, 2, 0]
+        assert not words

@@ -3,7 +3,6 @@
 import pytest
 
 from common.contract import Contract
-from common.fixed_point import lattice_sensitivity
 from common.plan import plan_of
 from simulations.catalogue import CATALOGUE
 from simulations.datasets import ready_contract, ready_contracts
@@ -50,5 +49,5 @@ def test_rounding_costs_little_noise(ready: tuple[str, Contract]) -> None:
     """At most 1.3 % of the largest vector's noise, of the real-world sets at most 0.4 %."""
     name, contract = ready
     for release in plan_of(contract).releases():
-        cost = lattice_sensitivity(1.0, release.length, release.steps) - 1.0
+        cost = release.sensitivity / release.event.sensitivity - 1.0
         assert cost <= (0.013 if name.startswith("synthetic") else 0.004)

@@ -14,7 +14,6 @@ from common.budget import Charge
 from common.contract import Contract
 from common.errors import ArchiveError, BudgetRefusal, RunError
 from common.events import GaussianSum, merged
-from common.fixed_point import lattice_sensitivity
 from common.identity import Identity
 from common.ledger import Ledger, whole_run
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, lattice_of, plan_of
@@ -59,8 +58,7 @@ def whole_noise(contract: Contract) -> float:
     """Return the deviation of the profile's noise if it held just the noise it must hold."""
     release = plan_of(contract).profile
     assert release is not None
-    unit = lattice_sensitivity(release.event.sensitivity, release.length, release.steps)
-    return release.event.noise_multiplier * unit
+    return release.event.noise_multiplier * release.sensitivity
 
 
 class TestWholeRun:

@@ -22,6 +22,7 @@ class Troubled:
         self.pushed: list[list[Any]] = []
 
     def push_messages(self, messages: Iterable[Any]) -> list[str]:
+        """Fail, or say that all were sent."""
         self.pushed.append(list(messages))
         if self.left:
             self.left -= 1

@@ -1,0 +1,80 @@
+"""A merchant's own DP-SGD steps (mode `local`), for one merchant or many at once.
+
+A step: choose customers (Poisson), sum their clipped gradients, round the sum to the lattice and
+add integer noise, move the parameters. A merchant alone and the K-th of many take the very same
+steps, to the last bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+from clients.kernel import Kernel, Table
+from clients.release import noisy_sum
+from common.contract import Training
+from common.fixed_point import lattice_step
+from common.noise import NoiseSource
+from common.plan import Release
+
+MAX_PARAMETER = 1e6  # of a model that is accepted, and of one that is sent
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One merchant's part of a round.
+
+    Attributes:
+        table: Its customers, of the kernel's making.
+        start: Parameters at the start of the round.
+        batch: What a sum is divided by: the noisy average number of customers, times the
+            sampling rate; never this merchant's own number.
+        noise: Stream of this release alone: for sampling and for noise.
+    """
+
+    table: Table
+    start: Float64[np.ndarray, " P"]
+    batch: float
+    noise: NoiseSource
+
+
+def local_updates(
+    kernel: Kernel, tasks: Sequence[Task], training: Training, release: Release
+) -> Float64[np.ndarray, "K P"]:
+    """Take `training.local_steps` steps for each task; return the parameters' changes.
+
+    Each step's noise is that of `release`, for which the caller has charged the ledger: a change
+    is post-processing of noisy sums.
+
+    Args:
+        kernel: For as many models as there are tasks.
+        tasks: One a merchant.
+        training: Sampling rate, steps, learning rate, proximal pull.
+        release: The planned release: clip norm, noise multiplier, lattice.
+    """
+    start = kernel.pack(np.stack([task.start for task in tasks]))
+    batches = np.array([[task.batch] for task in tasks])
+    unit = lattice_step(release.event.sensitivity, release.steps)
+    theta = start.copy()
+    for _ in range(training.local_steps):
+        chosen = [task.noise.sampled(len(task.table), training.sampling_rate) for task in tasks]
+        sums = kernel.sums(theta, [task.table for task in tasks], chosen, release.event.sensitivity)
+        for own, task in zip(sums, tasks, strict=True):
+            own[:] = noisy_sum(
+                own,
+                sensitivity=release.event.sensitivity,
+                noise_multiplier=release.event.noise_multiplier,
+                contributors=1,
+                noise=task.noise,
+                steps=release.steps,
+                error=release.error,
+            )
+        sums[:, kernel.padding] = 0.0  # what fills up a packed vector is no parameter
+        direction = sums * (unit / batches)
+        if training.proximal:
+            direction += training.proximal * (theta - start)
+        theta -= training.local_learning_rate * direction
+        # whether a merchant answers must not depend on its customers: never diverge
+        np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER, out=theta)
+    return kernel.unpack(theta - start)

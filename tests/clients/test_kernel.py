@@ -1,0 +1,347 @@
+"""The tiled kernel: equal to Opacus' hooks, rows alone, one model like many."""
+
+import doctest
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+import clients.kernel
+from clients.kernel import Kernel, Precision
+from common.fixed_point import float32_error
+from common.network import Network
+
+SHAPES = [(5, 3), (5, 4, 3), (5, 1, 2), (16, 32, 16, 5), (26, 9, 4), (3, 4, 6, 3, 17)]
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def problem(network: Network, rows: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Return parameters, inputs and labels."""
+    generator = np.random.default_rng(seed)
+    return (
+        generator.normal(size=network.size) * 0.7,
+        generator.uniform(-1, 1, (rows, network.dims[0])),
+        generator.integers(0, network.dims[-1], rows),
+    )
+
+
+def kernel_sum(
+    kernel: Kernel, theta: np.ndarray, x: np.ndarray, y: np.ndarray, clip_norm: float
+) -> np.ndarray:
+    """Return the flat sum of one model."""
+    sums = kernel.sums(kernel.pack(theta[None]), [kernel.table(x, y)], [None], clip_norm)
+    return kernel.unpack(sums)[0]
+
+
+def module_of(network: Network, theta: np.ndarray, dtype: torch.dtype) -> nn.Sequential:
+    """Return a torch module with these parameters."""
+    layers: list[nn.Module] = []
+    for weights in network.layers(theta):
+        if layers:
+            layers.append({"relu": nn.ReLU, "tanh": nn.Tanh}[network.activation]())
+        layer = nn.Linear(weights.shape[1] - 1, weights.shape[0], dtype=dtype)
+        layer.weight.data.copy_(torch.from_numpy(weights[:, :-1].copy()))
+        layer.bias.data.copy_(torch.from_numpy(weights[:, -1].copy()))
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def flat(parameters: list[torch.Tensor]) -> np.ndarray:
+    """Return weights and biases of layers in the flat layout, float64."""
+    pairs = zip(parameters[::2], parameters[1::2], strict=True)
+    return np.concatenate(
+        [torch.cat([w, b[:, None]], dim=1).double().numpy().ravel() for w, b in pairs]
+    )
+
+
+class Hooks:
+    """Opacus as its users have it: hooks, per-sample gradients, DPOptimizer without noise."""
+
+    def __init__(self, network: Network, theta: np.ndarray, clip_norm: float, batch: float) -> None:
+        self.dtype = torch.float64
+        self.module = GradSampleModule(module_of(network, theta, self.dtype), loss_reduction="sum")
+        self.optimizer = DPOptimizer(
+            torch.optim.SGD(self.module.parameters(), lr=1.0),
+            noise_multiplier=0.0,
+            max_grad_norm=clip_norm,
+            expected_batch_size=batch,
+            loss_reduction="mean",
+        )
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Take one step of learning rate 1 on the clipped sum over the batch."""
+        self.optimizer.zero_grad()
+        logits = self.module(torch.from_numpy(x).requires_grad_())
+        nn.functional.cross_entropy(logits, torch.from_numpy(y), reduction="sum").backward()
+        self.optimizer.step()
+
+    @property
+    def theta(self) -> np.ndarray:
+        """Return the flat parameters."""
+        return flat([parameter.detach() for parameter in self.module.parameters()])
+
+
+class TestAgainstOpacus:
+    """The kernel and Opacus' own hooks and optimizer."""
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    @pytest.mark.parametrize("dims", SHAPES, ids=str)
+    @pytest.mark.parametrize("rows", [1, 2, 31, 33, 200])
+    @pytest.mark.parametrize("clip_norm", [0.1, 100.0])
+    def test_one_step(
+        self,
+        precision: Precision,
+        activation: str,
+        dims: tuple[int, ...],
+        rows: int,
+        clip_norm: float,
+    ) -> None:
+        """Every component, relative to the largest, to 1e-5 in float32 and 1e-12 in float64."""
+        network = Network(dims, activation)
+        theta, x, y = problem(network, rows)
+        hooks = Hooks(network, theta, clip_norm, 1.0)
+        hooks.step(x, y)
+        expected = theta - hooks.theta
+        found = kernel_sum(Kernel(network, 1, precision), theta, x, y, clip_norm)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[precision] * scale)
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    @pytest.mark.parametrize("dims", [(5, 3), (16, 32, 16, 5)], ids=str)
+    def test_fifty_steps(
+        self, precision: Precision, activation: str, dims: tuple[int, ...]
+    ) -> None:
+        """Over fifty steps with batches of another size each, some empty, parameters agree.
+
+        Float32 is held against the same steps with parameters rounded to float32 for each
+        gradient; the difference is what both formats make of fifty steps.
+        """
+        network = Network(dims, activation)
+        theta, x, y = problem(network, 300)
+        hooks = Hooks(network, theta, 0.5, 60.0)
+        kernel = Kernel(network, 1, precision)
+        table, packed = kernel.table(x, y), kernel.pack(theta[None])
+        generator = np.random.default_rng(1)
+        for step in range(50):
+            chosen = np.flatnonzero(generator.random(300) < (0.0 if step % 10 == 9 else 0.2))
+            packed = packed - kernel.sums(packed, [table], [chosen], 0.5) / 60.0
+            if chosen.size:  # Opacus' hooks have no gradient for an empty batch
+                hooks.step(x[chosen], y[chosen])
+        found, expected = kernel.unpack(packed)[0] - theta, hooks.theta - theta
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[precision] * scale)
+
+
+class TestRowsAreAlone:
+    """A customer's gradient is the same number in any company."""
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    @pytest.mark.parametrize("dims", SHAPES, ids=str)
+    def test_alone_and_in_company(
+        self, precision: Precision, activation: str, dims: tuple[int, ...]
+    ) -> None:
+        """The sum of one row alone is that of the row among others that add exactly nothing.
+
+        A row whose norm no float holds adds nothing; so the others are made such.
+        """
+        network = Network(dims, activation)
+        kernel = Kernel(network, 1, precision)
+        theta, x, y = problem(network, 97)
+        alone = kernel_sum(kernel, theta, x[:1], y[:1], 1.0)
+        huge = 1e30 if precision == "float32" else 1e305
+        for place in (0, 1, 40, 95, 96):
+            company = np.full_like(x, huge)
+            company[place] = x[0]
+            labels = y.copy()
+            labels[place] = y[0]
+            assert np.array_equal(kernel_sum(kernel, theta, company, labels, 1.0), alone)
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    @settings(max_examples=25, deadline=None)
+    @given(st.sampled_from(SHAPES), st.integers(1, 300), st.integers(0, 2**32))
+    def test_one_more_customer(
+        self, precision: Precision, dims: tuple[int, ...], rows: int, seed: int
+    ) -> None:
+        """A customer taken from the middle moves the sum by no more than is allowed for."""
+        network = Network(dims)
+        kernel = _kernel(network, precision)
+        theta, x, y = problem(network, rows, seed)
+        gone = seed % rows
+        order = np.array([k for k in range(rows) if k != gone], dtype=np.int64)
+        table, packed = kernel.table(x, y), kernel.pack(theta[None] * 10.0 ** (seed % 5))
+        without = kernel.sums(packed, [table], [order], 1.0)
+        # as the proof has it: the customer takes somebody's place, who goes to the end
+        whole = np.append(order, gone)
+        whole[[gone, -1]] = whole[[-1, gone]]
+        moved = np.linalg.norm(kernel.sums(packed, [table], [whole], 1.0) - without)
+        allowed = float32_error(dims) if precision == "float32" else 1e-9
+        assert moved <= 1.0 + allowed
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    def test_edge_of_a_relu(self, precision: Precision) -> None:
+        """Parameters under which rounding decides a relu gain a server nothing."""
+        network = Network((26, 8, 4))
+        kernel = Kernel(network, 1, precision)
+        for seed in range(6):
+            theta, x, _ = problem(network, 1, seed)
+            theta = theta.astype(np.float32).astype(np.float64)
+            x = x.astype(np.float32).astype(np.float64)
+            layers = network.layers(theta)
+            layers[0][:, -1] = -(x @ layers[0][:, :-1].T)[0]
+            layers[-1][:] *= 100
+            for rows in (2, 33, 257):
+                many, labels = np.tile(x, (rows, 1)), np.zeros(rows, dtype=np.int64)
+                whole = kernel_sum(kernel, theta, many, labels, 1.0)
+                without = kernel_sum(kernel, theta, many[1:], labels[1:], 1.0)
+                assert np.linalg.norm(whole - without) <= 1.0 + 1e-5
+
+    def test_trial_sees_rows_that_know_each_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With products that round by place the kernel takes other ways, to the same sums."""
+        network = Network((5, 4, 3))
+        theta, x, y = problem(network, 70)
+        expected = kernel_sum(Kernel(network), theta, x, y, 1.0)
+        true_product = torch.mm
+
+        def by_place(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+            true_product(a, b, out=out)
+            if len(a) > 32 and a.shape[1] < 32:
+                out[33:] *= 1 + 2.0**-50
+            return out
+
+        monkeypatch.setattr(torch, "mm", by_place)
+        kernel = Kernel(network)
+        assert kernel._steps == 32
+        np.testing.assert_allclose(kernel_sum(kernel, theta, x, y, 1.0), expected, rtol=1e-12)
+
+        def anyhow(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+            true_product(a, b, out=out)
+            out[1::2] *= 1 + 2.0**-50
+            return out
+
+        monkeypatch.setattr(torch, "mm", anyhow)
+        kernel = Kernel(network)
+        assert kernel._steps == 0
+        monkeypatch.undo()
+        np.testing.assert_allclose(kernel_sum(kernel, theta, x, y, 1.0), expected, rtol=1e-12)
+
+
+class TestManyModels:
+    """K models at once."""
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    @pytest.mark.parametrize("dims", SHAPES, ids=str)
+    def test_each_like_alone(
+        self, precision: Precision, activation: str, dims: tuple[int, ...]
+    ) -> None:
+        """Row k is, to the last bit, what model k gets alone; customers are ragged, some none."""
+        network = Network(dims, activation)
+        sizes = [0, 1, 31, 32, 33, 700, 5, 2500]
+        many, one = Kernel(network, len(sizes), precision), Kernel(network, 1, precision)
+        problems = [problem(network, size, seed) for seed, size in enumerate(sizes)]
+        thetas = np.stack([theta for theta, _, _ in problems])
+        tables = [many.table(x, y) for _, x, y in problems]
+        generator = np.random.default_rng(0)
+        chosen = [generator.permutation(size)[: size * 9 // 10] for size in sizes]
+        sums = many.sums(many.pack(thetas), tables, chosen, 0.7)
+        for k in range(len(sizes)):
+            alone = one.sums(one.pack(thetas[k : k + 1]), [tables[k]], [chosen[k]], 0.7)
+            assert np.array_equal(sums[k], alone[0])
+        assert not sums[0].any()
+
+    @pytest.mark.parametrize("rows", [511, 2048, 2049, 8191, 8192, 8193, 20_000])
+    def test_all_rows_once(self, rows: int) -> None:
+        """However many passes a table takes, every row counts once."""
+        network = Network((3, 2, 2))
+        theta, x, y = problem(network, 40)
+        kernel = Kernel(network)
+        times = -(-rows // 40)
+        whole = kernel_sum(
+            kernel, theta, np.tile(x, (times, 1))[:rows], np.tile(y, times)[:rows], 0.5
+        )
+        once = [kernel_sum(kernel, theta, x[k : k + 1], y[k : k + 1], 0.5) for k in range(40)]
+        counts = np.bincount(np.arange(rows) % 40)
+        np.testing.assert_allclose(whole, counts @ once, atol=1e-12 * rows)
+
+
+class TestVectors:
+    """Tables and packed vectors."""
+
+    @given(st.sampled_from(SHAPES), st.sampled_from(["float32", "float64"]), st.integers(1, 3))
+    @settings(max_examples=20, deadline=None)
+    def test_pack_and_unpack(self, dims: tuple[int, ...], precision: Precision, count: int) -> None:
+        """Unpacking undoes packing, and what fills up is zero."""
+        network = Network(dims)
+        kernel = _kernel(network, precision)
+        vectors = np.random.default_rng(0).normal(size=(count, network.size))
+        packed = kernel.pack(vectors)
+        assert np.array_equal(kernel.unpack(packed), vectors)
+        assert not packed[:, kernel.padding].any()
+        assert kernel.size - kernel.padding.size == network.size
+
+    def test_what_fills_up_stays_zero(self) -> None:
+        """No sum has a number where there is no parameter."""
+        network = Network((5, 3, 5, 3))
+        for precision in ("float32", "float64"):
+            kernel = Kernel(network, 1, precision)
+            theta, x, y = problem(network, 50)
+            sums = kernel.sums(kernel.pack(theta[None]), [kernel.table(x, y)], [None], 1.0)
+            assert not sums[:, kernel.padding].any()
+            assert sums.any()
+
+    @pytest.mark.parametrize("label", [-1, 3])
+    def test_no_such_segment(self, label: int) -> None:
+        """A label that the network does not have is refused."""
+        with pytest.raises(IndexError, match="from 0 to 2"):
+            Kernel(Network((5, 3))).table(np.zeros((1, 5)), np.array([label]))
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    def test_rows_that_no_float_holds(self, precision: Precision) -> None:
+        """They add nothing, and take nothing from the others."""
+        network = Network((4, 6, 3))
+        kernel = Kernel(network, 1, precision)
+        theta, x, y = problem(network, 8)
+        expected = kernel_sum(kernel, theta, x[:4], y[:4], 1.0)
+        x[4:] = [[1e38], [-1e37], [1e39], [1e36]] if precision == "float32" else [[1e308]] * 4
+        with np.errstate(over="ignore"):
+            found = kernel_sum(kernel, theta, x, y, 1.0)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert np.isfinite(found).all()
+
+
+def test_float32_error() -> None:
+    """Less than half a percent for the networks of the benchmarks."""
+    assert 0.003 < float32_error((128, 256, 128, 16)) < 0.005
+    assert math.isclose(
+        float32_error((5, 3)), 1.001 * (2 * 33 + 4 * 129 * 128 + 4 * 3 * 4 * 128) * 2.0**-24
+    )
+
+
+def test_examples_hold() -> None:
+    """The docstrings' examples are true."""
+    assert doctest.testmod(clients.kernel).failed == 0
+
+
+_KERNELS: dict[tuple[Network, Precision], Kernel] = {}
+
+
+def _kernel(network: Network, precision: Precision) -> Kernel:
+    return _KERNELS.setdefault((network, precision), Kernel(network, 1, precision))
