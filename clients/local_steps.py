@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from clients.kernel import Kernel, Table
-from clients.release import noisy_sum
+from clients.release import make_noisy
 from common.contract import Training
 from common.fixed_point import lattice_step
 from common.noise import NoiseSource
@@ -54,27 +54,20 @@ def local_updates(
         release: The planned release: clip norm, noise multiplier, lattice.
     """
     start = kernel.pack(np.stack([task.start for task in tasks]))
-    batches = np.array([[task.batch] for task in tasks])
+    tables = [task.table for task in tasks]
     unit = lattice_step(release.event.sensitivity, release.steps)
+    scales = [training.local_learning_rate * unit / task.batch for task in tasks]
     theta = start.copy()
     for _ in range(training.local_steps):
         chosen = [task.noise.sampled(len(task.table), training.sampling_rate) for task in tasks]
-        sums = kernel.sums(theta, [task.table for task in tasks], chosen, release.event.sensitivity)
-        for own, task in zip(sums, tasks, strict=True):
-            own[:] = noisy_sum(
-                own,
-                sensitivity=release.event.sensitivity,
-                noise_multiplier=release.event.noise_multiplier,
-                contributors=1,
-                noise=task.noise,
-                steps=release.steps,
-                error=release.error,
-            )
+        sums = kernel.sums(theta, tables, chosen, release.event.sensitivity)
+        for own, task, scale in zip(sums, tasks, scales, strict=True):
+            make_noisy(own, release, task.noise)
+            own *= scale
         sums[:, kernel.padding] = 0.0  # what fills up a packed vector is no parameter
-        direction = sums * (unit / batches)
         if training.proximal:
-            direction += training.proximal * (theta - start)
-        theta -= training.local_learning_rate * direction
+            sums += training.local_learning_rate * training.proximal * (theta - start)
+        theta -= sums
         # whether a merchant answers must not depend on its customers: never diverge
         np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER, out=theta)
     return kernel.unpack(theta - start)

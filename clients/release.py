@@ -6,7 +6,7 @@ The caller has charged the ledger before it computes the sum; see `clients.worke
 import math
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 
 from common.errors import AccountingError
 from common.fixed_point import (
@@ -14,11 +14,15 @@ from common.fixed_point import (
     MIN_NOISE_STEPS,
     SMOOTHING_STEPS,
     STEPS_PER_UNIT,
+    check_multiples,
     lattice_sensitivity,
     lattice_step,
     to_lattice,
 )
 from common.noise import NoiseSource
+from common.plan import Release
+
+_BLOCK = 2**15  # numbers that stay in the processor's cache
 
 
 def noisy_sum(  # noqa: PLR0913  # all but one by name
@@ -54,7 +58,42 @@ def noisy_sum(  # noqa: PLR0913  # all but one by name
     Raises:
         AccountingError: The noise would be too fine or too coarse for the lattice argument.
     """
-    stddev = noise_multiplier * lattice_sensitivity(sensitivity, exact.size, steps, error)
+    moved = lattice_sensitivity(sensitivity, exact.size, steps, error)
+    share = _share(moved * noise_multiplier, sensitivity, contributors, steps)
+    rounded = to_lattice(exact, lattice_step(sensitivity, steps))
+    rounded += noise.discrete_gaussian(exact.size, share)
+    return rounded
+
+
+def make_noisy(values: Float64[np.ndarray, " P"], release: Release, noise: NoiseSource) -> None:
+    """Turn a sum that stays here into a noisy one, in place: multiples of its lattice step.
+
+    The same as `noisy_sum` with this merchant's noise alone, as floats that hold integers, for
+    the many steps of mode `local`.
+
+    Args:
+        values: The exact sum.
+        release: The planned release.
+        noise: Stream that this release draws from.
+
+    Raises:
+        AccountingError: As in `noisy_sum`.
+        WireError: A value is not finite or too large for the lattice.
+    """
+    event = release.event
+    moved = lattice_sensitivity(event.sensitivity, values.size, release.steps, release.error)
+    share = _share(moved * event.noise_multiplier, event.sensitivity, 1, release.steps)
+    scale = 1.0 / lattice_step(event.sensitivity, release.steps)
+    for start in range(0, values.size, _BLOCK):
+        part = values[start : start + _BLOCK]
+        part *= scale
+        np.rint(part, out=part)
+        check_multiples(part)
+        part += noise.discrete_gaussian(part.size, share)
+
+
+def _share(stddev: float, sensitivity: float, contributors: int, steps: int) -> float:
+    """Return the parameter of a merchant's share of the noise, in lattice steps."""
     needed = stddev / math.sqrt(contributors) / lattice_step(sensitivity, steps)
     share = math.hypot(needed, SMOOTHING_STEPS)
     if not (needed > 0 and share >= MIN_NOISE_STEPS):
@@ -67,6 +106,4 @@ def noisy_sum(  # noqa: PLR0913  # all but one by name
             f"a noise share of {share:.3g} lattice steps is too coarse: at most "
             f"{MAX_NOISE_STEPS:.3g} steps can be sent"
         )
-    rounded = to_lattice(exact, lattice_step(sensitivity, steps))
-    rounded += noise.discrete_gaussian(exact.size, share)
-    return rounded
+    return share

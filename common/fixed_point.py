@@ -44,9 +44,14 @@ def to_lattice(values: Float[np.ndarray, " P"], step: float) -> Int[np.ndarray, 
         WireError: A value is not finite or too large for the lattice.
     """
     scaled = np.rint(values / step)
-    if not np.all(np.abs(scaled) < _LIMIT):
-        raise WireError("the vector holds a value that is not finite or too large to be sent")
+    check_multiples(scaled)
     return scaled.astype(np.int64)
+
+
+def check_multiples(multiples: Float[np.ndarray, " P"]) -> None:
+    """Raise `WireError` where a number is not finite or too large for the lattice."""
+    if multiples.size and not (multiples.max() < _LIMIT and multiples.min() > -_LIMIT):
+        raise WireError("the vector holds a value that is not finite or too large to be sent")
 
 
 def from_lattice(multiples: Int[np.ndarray, " P"], step: float) -> Float[np.ndarray, " P"]:
