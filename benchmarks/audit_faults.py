@@ -21,10 +21,10 @@ from unittest.mock import patch
 import numpy as np
 
 import clients.release
-import clients.training
 import clients.worker
 import common.plan
 from audit.empirical import Empirical, empirical_audit
+from clients.kernel import Kernel
 from clients.training import clipped_gradient_sum
 from clients.worker import Worker
 from common.contract import Contract, parse_contract
@@ -34,7 +34,7 @@ from simulations.audited import RealSubject
 
 _HONEST_SUM, _HONEST_SAMPLED, _HONEST_PLAN = (
     clients.release.noisy_sum,
-    clients.training.sampled,
+    NoiseSource.sampled,
     common.plan.plan_of,
 )
 _UNCLIPPED = 1e300
@@ -81,8 +81,29 @@ def drawn(exact: np.ndarray, how: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
 
 
 def releases(faulty: Callable[..., np.ndarray]) -> Any:
-    """Add noise with another function."""
-    return patch("clients.worker.noisy_sum", faulty)
+    """Add noise with another function, to sums and to a merchant's own steps."""
+
+    def in_place(values: np.ndarray, release: Any, noise: NoiseSource) -> None:
+        values[:] = faulty(
+            values.copy(),
+            sensitivity=release.event.sensitivity,
+            noise_multiplier=release.event.noise_multiplier,
+            contributors=1,
+            noise=noise,
+            steps=release.steps,
+            error=release.error,
+        )
+
+    return both(
+        patch("clients.worker.noisy_sum", faulty), patch("clients.local_steps.make_noisy", in_place)
+    )
+
+
+@contextmanager
+def both(one: Any, other: Any) -> Iterator[None]:
+    """Plant two things."""
+    with one, other:
+        yield
 
 
 def noise_times(factor: float | None, length: int | None = None) -> Any:
@@ -99,8 +120,24 @@ def noise_times(factor: float | None, length: int | None = None) -> Any:
 
 
 def gradients(faulty: Callable[..., np.ndarray]) -> Any:
-    """Compute gradient sums with another function."""
-    return patch("clients.worker._engine", lambda _contract: faulty)
+    """Compute gradient sums with another function, in sums and in a merchant's own steps."""
+    honest = Kernel.sums
+
+    def sums(
+        self: Kernel, thetas: np.ndarray, tables: Any, chosen: Any, clip_norm: float
+    ) -> np.ndarray:
+        if self.precision == "float64":  # what the faulty functions themselves compute with
+            return honest(self, thetas, tables, chosen, clip_norm)
+        (table,), (rows,) = tables, chosen
+        x = table.inputs[rows, : self.network.dims[0]].astype(np.float64)
+        theta = self.unpack(thetas)[0]
+        total = faulty(self.network, theta, x, table.labels[rows], clip_norm)
+        return self.pack(total[None])
+
+    return both(
+        patch("clients.worker._engine", lambda _contract: faulty),
+        patch.object(Kernel, "sums", sums),
+    )
 
 
 def unclipped(network: Any, theta: np.ndarray, x: Any, y: Any, clip_norm: float) -> np.ndarray:
@@ -222,20 +259,18 @@ def plan_for_fewer_rounds() -> Iterator[None]:
 
 def sampling(faulty: Callable[[int, float, NoiseSource], Any]) -> Any:
     """Choose customers with another function."""
-    return patch("clients.worker.sampled", faulty)
+    return patch.object(NoiseSource, "sampled", lambda self, n, q: faulty(n, q, self))
 
 
 def fixed_batch(count: int, rate: float, noise: NoiseSource) -> np.ndarray:
     """Take a shuffled batch of a fixed size."""
     order = np.argsort(np.frombuffer(noise._words(count).tobytes(), dtype="<u8"))
-    chosen = np.zeros(count, dtype=bool)
-    chosen[order[: max(1, round(count * rate))]] = True
-    return chosen
+    return np.asarray(order[: max(1, round(count * rate))])
 
 
 def same_batch(count: int, rate: float, noise: NoiseSource) -> np.ndarray:
     """Take the same customers in every step."""
-    return np.asarray(NoiseSource.seeded(3).chosen(count, rate))
+    return np.asarray(_HONEST_SAMPLED(NoiseSource.seeded(3), count, rate))
 
 
 def contributors_times(factor: float) -> Any:
@@ -294,7 +329,7 @@ FAULTS = (
     Fault("noise planned for a quarter of the steps", plan_for_fewer_rounds),
     Fault(
         "sampling rate under-reported",
-        lambda: sampling(lambda n, q, s: _HONEST_SAMPLED(n, min(4 * q, 0.99), s)),
+        lambda: sampling(lambda n, q, s: _HONEST_SAMPLED(s, n, min(4 * q, 0.99))),
         SAMPLED,
     ),
     Fault("shuffled instead of Poisson", lambda: sampling(fixed_batch), SAMPLED),

@@ -56,14 +56,14 @@ def local_updates(
     start = kernel.pack(np.stack([task.start for task in tasks]))
     tables = [task.table for task in tasks]
     unit = lattice_step(release.event.sensitivity, release.steps)
-    scales = [training.local_learning_rate * unit / task.batch for task in tasks]
+    scales = np.array([[training.local_learning_rate * unit / task.batch] for task in tasks])
     theta = start.copy()
     for _ in range(training.local_steps):
         chosen = [task.noise.sampled(len(task.table), training.sampling_rate) for task in tasks]
         sums = kernel.sums(theta, tables, chosen, release.event.sensitivity)
-        for own, task, scale in zip(sums, tasks, scales, strict=True):
-            make_noisy(own, release, task.noise)
-            own *= scale
+        for number, task in enumerate(tasks):
+            make_noisy(sums[number], release, task.noise)
+        sums *= scales
         sums[:, kernel.padding] = 0.0  # what fills up a packed vector is no parameter
         if training.proximal:
             sums += training.local_learning_rate * training.proximal * (theta - start)

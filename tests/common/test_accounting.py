@@ -23,6 +23,7 @@ from common.accounting import (
     OPACUS,
     RENYI,
     Assessment,
+    RunningEpsilon,
     assess,
     covers,
     epsilon,
@@ -57,7 +58,7 @@ def pld_epsilon(events: list[Event], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def rdp_epsilon(events: tuple[Event, ...], delta: float) -> float:
+def rpld_epsilon(events: tuple[Event, ...], delta: float) -> float:
     """Compose events with Opacus' Renyi accountant, an upper bound."""
     from opacus.accountants import RDPAccountant
 
@@ -110,7 +111,7 @@ class TestGaussian:
         """The Renyi bound of Opacus is never below the exact value."""
         ours = epsilon(events, delta)
         assume(0.05 < ours < 50)
-        assert rdp_epsilon(tuple(events), delta) >= ours * (1 - 1e-6)
+        assert rpld_epsilon(tuple(events), delta) >= ours * (1 - 1e-6)
 
     def test_known_value(self) -> None:
         """Noise multiplier 1 at delta 1e-5 is the 4.3772 of Balle and Wang's calibration."""
@@ -396,7 +397,7 @@ class TestSampled:
 
     def test_below_opacus_renyi_bound(self) -> None:
         """The Renyi bound of Opacus is not below what is claimed."""
-        assert rdp_epsilon(SAMPLED, 1e-5) >= honest().epsilon - 0.01
+        assert rpld_epsilon(SAMPLED, 1e-5) >= honest().epsilon - 0.01
 
     def test_rate_one_is_no_sampling(self) -> None:
         """At rate 1 a sampled sum is a sum over all customers, exactly."""
@@ -768,3 +769,52 @@ class TestNoiseMultiplier:
         """Where the rest of the plan alone passes the target, no noise is returned."""
         with pytest.raises(AccountingError, match="no noise multiplier"):
             sampled_noise_multiplier(0.5, 1e-5, 0.1, 2, (GaussianSum(1.0, 1.0),))
+
+
+def told(events: list[Event]) -> float:
+    """Return what dp-accounting says."""
+    said = assess(events, 1e-5).opinions[DP_ACCOUNTING]
+    assert isinstance(said, float)
+    return said
+
+
+class TestRunningEpsilon:
+    """RunningEpsilon: never below what is claimed, and cheap."""
+
+    SAMPLED = PoissonGaussianSum(1.2, 1.0, 0.1, 2)
+
+    def test_sums_over_all_customers(self) -> None:
+        """Without sampled sums it is the closed form."""
+        events = [GaussianSum(5.0, 1.0)] * 7
+        assert RunningEpsilon(events, 1e-5).bound(events) == epsilon(events, 1e-5)
+
+    @pytest.mark.slow
+    def test_never_below_what_is_claimed(self) -> None:
+        """At every point of a run, sums over all customers in between, and rising."""
+        planned = [*[self.SAMPLED] * 40, *[GaussianSum(20.0, 1.0)] * 4]
+        running, taken, last = RunningEpsilon(planned, 1e-5), list[Event](), 0.0
+        for number in range(40):
+            taken.append(self.SAMPLED)
+            if number % 10 == 9:
+                taken.append(GaussianSum(20.0, 1.0))
+            bound = running.bound(taken)
+            assert bound >= max(last, told(taken) * (1 - 1e-9))
+            last = bound
+        assert last <= epsilon(planned, 1e-5) * 1.02
+
+    def test_few_are_worked_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run of 160 sampled sums asks the accountant some sixteen times."""
+        asked = list[Any]()
+        monkeypatch.setattr(
+            "common.accountants.pld_epsilon", lambda *given: asked.append(given) or len(asked)
+        )
+        planned = [self.SAMPLED] * 160
+        running = RunningEpsilon(planned, 1e-5)
+        bounds = [running.bound(planned[: n + 1]) for n in range(160)]
+        assert len(asked) == 16
+        assert bounds == sorted(bounds)
+
+    def test_more_than_planned(self) -> None:
+        """What was not planned is counted all the same."""
+        running = RunningEpsilon([self.SAMPLED], 1e-5)
+        assert running.bound([self.SAMPLED] * 3) >= told([self.SAMPLED] * 3)
