@@ -6,7 +6,7 @@ in the other. What goes wrong is told without a word about rows, files or this m
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,57 @@ def answered(
         on_message(message)
         reply = getattr(worker, handler.method)(message)
     return pack(reply)
+
+
+def answered_together(
+    message_type: str, asked: Sequence[tuple["Worker", Record]]
+) -> list[Callable[[], Record]]:
+    """Return, for each merchant of this process, a function that does what `answered` would.
+
+    Requests for a sum are answered by all of them at once (`clients.cohort`).
+    """
+    handler = HANDLERS.get(message_type)
+    if handler is None or handler.kind is not SumRequest:
+        return [
+            lambda worker=worker, content=content: answered(  # type: ignore[misc]
+                lambda: worker, message_type, content
+            )
+            for worker, content in asked
+        ]
+    from clients.cohort import answers
+
+    requests: list[SumRequest | Exception] = []
+    for _, content in asked:
+        try:
+            requests.append(unpack(SumRequest, content))
+        except WireError as error:
+            requests.append(error)
+    usable = [
+        (worker, request)
+        for (worker, _), request in zip(asked, requests, strict=True)
+        if isinstance(request, SumRequest)
+    ]
+    given = iter(answers(usable))
+    return [
+        _telling(next(given)) if isinstance(request, SumRequest) else _refusing(request)
+        for request in requests
+    ]
+
+
+def _telling(give: Callable[[], Any]) -> Callable[[], Record]:
+    def tell() -> Record:
+        with _nothing_told():
+            reply = give()
+        return pack(reply)
+
+    return tell
+
+
+def _refusing(error: Exception) -> Callable[[], Record]:
+    def refuse() -> Record:
+        raise error
+
+    return refuse
 
 
 @contextmanager

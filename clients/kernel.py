@@ -73,7 +73,7 @@ class _Chunk:
 
 
 class Kernel:
-    """Sums of clipped gradients for `models` models of one shape.
+    """Sums of clipped gradients for up to `models` models of one shape.
 
     Args:
         network: Shape of the models.
@@ -109,6 +109,11 @@ class Kernel:
     def size(self) -> int:
         """Numbers of a packed vector, Q: parameters in the kernel's layout, filled up with 0."""
         return self._weights.shape[1]
+
+    @property
+    def form(self) -> tuple[Precision, int]:
+        """What tables of this kernel look like: kernels of one form share them."""
+        return self.precision, self._widths[0][0]
 
     def table(self, x: Float[np.ndarray, "R F"], y: Int[np.ndarray, " R"]) -> Table:
         """Make a table of model inputs and segment ids.
@@ -148,7 +153,7 @@ class Kernel:
         """Sum, for each model, its customers' cross-entropy gradients, clipped to `clip_norm`.
 
         Args:
-            thetas: Packed parameters, one model a row.
+            thetas: Packed parameters, one model a row; K may be less than `models`.
             tables: Of each model.
             chosen: For each model the rows to take, in this order; None for all.
             clip_norm: L2 bound C, in the unit of the gradient.
@@ -157,13 +162,16 @@ class Kernel:
             One packed sum a row; zero where no customer is chosen. The caller's own.
         """
         with self._lock:
-            self._weights.copy_(torch.from_numpy(thetas))
+            count = len(thetas)
+            self._weights[:count] = torch.from_numpy(thetas)
             self._total.zero_()
             self._partial.zero_()
             self._summed = [0] * self.models  # rows in what is summed partially
             for chunks in self._passes(tables, chosen):
                 self._pass(chunks, clip_norm)
-            sums: Float64[np.ndarray, "K Q"] = np.add(self._total.numpy(), self._partial.numpy())
+            sums: Float64[np.ndarray, "K Q"] = np.add(
+                self._total[:count].numpy(), self._partial[:count].numpy()
+            )
             return sums
 
     def _lay_out(self, aligned: int) -> None:

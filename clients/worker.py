@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from clients.kernel import kernel_of
+from clients.kernel import Kernel, Table, kernel_of
 from clients.local_steps import MAX_PARAMETER, Task, local_updates
 from clients.release import noisy_sum
 from clients.secure_party import Masked, SecureParty
+from clients.secure_sum import Prepared
 from clients.training import GradientSum, clipped_gradient_sum
 from common.budget import Charge, Occasion
 from common.contract import Contract
@@ -64,6 +65,25 @@ from common.wire import (
 logger = logging.getLogger("hansa.merchant")
 
 NoiseFor = Callable[[str, int, int], NoiseSource]  # (stage, round, attempt) -> stream of its own
+
+
+@dataclass(frozen=True)
+class Charged:
+    """A sum that the ledger was charged for and that is to be computed.
+
+    Attributes:
+        request: Which sum.
+        release: The planned release.
+        prepared: For the mask, where sums are secure.
+        head: The ledger's, with the charge.
+        noise: Stream of this release alone.
+    """
+
+    request: SumRequest
+    release: Release
+    prepared: Prepared | None
+    head: bytes
+    noise: NoiseSource
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,7 @@ class Worker:
         self._noise_for = noise_for
         self._repeatable = noise_for is not os_noise
         self._members_version = members_version
+        self._tables: dict[object, Table] = {}  # form -> the customers that are trained on
         self._plain: tuple[str, SumAnswer] | None = None  # the last answer in a plain sum
         self._plan = plan_of(contract)
         self._charges = self._plan.charges(contract.exposed_contributors)
@@ -242,6 +263,20 @@ class Worker:
             SecureSumError: What the request brings for a secure sum is not right; nothing is
                 charged.
         """
+        charged = self.charge(request)
+        if isinstance(charged, SumAnswer):
+            return charged
+        return self.give(charged, self.computed(charged))
+
+    def charge(self, request: SumRequest) -> "Charged | SumAnswer":
+        """Check a request and charge the ledger for what it asks.
+
+        Returns:
+            What is to be computed; or the answer, where it was given before or is a refusal.
+
+        Raises:
+            SecureSumError: As `answer`.
+        """
         known = self._answered(request)
         if known is not None:
             return known
@@ -267,16 +302,51 @@ class Worker:
         except (WireError, LedgerError) as refusal:
             return self._refusal(refusal)
         noise = self._noise_for(request.stage, request.round, request.attempt)
-        if request.stage == UPDATE and self.contract.training.mode == "local":
-            multiples = self._local_update(release, request, noise)
-        else:
-            multiples = self._noisy(release, self._exact(release, request), noise)
-        vector = lattice_of(release, self.contract).to_ring(multiples)
+        return Charged(request, release, prepared, head, noise)
+
+    def computed(self, charged: "Charged") -> Int[np.ndarray, " P"]:
+        """Return the noisy vector of what was charged for, in lattice steps."""
+        release, request = charged.release, charged.request
+        if request.stage != UPDATE or self.contract.training.mode != "local":
+            return self.noisy(charged, self._exact(release, request))
+        if self.contract.training.engine == "opacus":
+            return self.update_of(self._local_change(charged))
+        kernel = kernel_of(self._network, 1, "float32")
+        tasks = [self.task(charged, kernel)]
+        return self.update_of(local_updates(kernel, tasks, self.contract.training, release)[0])
+
+    def task(self, charged: "Charged", kernel: Kernel) -> Task:
+        """Return this merchant's own steps as a task for a kernel, alone or among others."""
+        request = charged.request
+        return Task(self.table(kernel), request.parameters, self._batch(request), charged.noise)
+
+    def table(self, kernel: Kernel) -> Table:
+        """Return the customers that are trained on, as a kernel takes them."""
+        known = self._tables.get(kernel.form)
+        if known is None:
+            known = self._tables[kernel.form] = kernel.table(*self._train)
+        return known
+
+    def update_of(self, change: Float[np.ndarray, " P"]) -> Int[np.ndarray, " P"]:
+        """Return a model's change, clipped to the public bound, in lattice steps."""
+        aggregation = self.contract.aggregation
+        lattice, bound = local_lattice(aggregation.ring_bits, self.contract.max_merchants)
+        return to_lattice(np.clip(change, -bound, bound), lattice.step)
+
+    def give(self, charged: "Charged", multiples: Int[np.ndarray, " P"]) -> SumAnswer:
+        """Return the answer that holds a noisy vector, masked where sums are secure."""
+        vector = lattice_of(charged.release, self.contract).to_ring(multiples)
+        request, prepared = charged.request, charged.prepared
         if prepared is None:
-            answer = SumAnswer(self.merchant, "", False, b"", head, vector)
+            answer = SumAnswer(self.merchant, "", False, b"", charged.head, vector)
             self._plain = fingerprint(request), answer
             return answer
-        return self._sent(self._party.mask(request, prepared, vector, head))
+        return self._sent(self._party.mask(request, prepared, vector, charged.head))
+
+    def _batch(self, request: SumRequest) -> float:
+        """Return what a step's sum is divided by: never this merchant's own exact number."""
+        average = max(request.customers_per_merchant, 1.0)
+        return average * self.contract.training.sampling_rate
 
     def _answered(self, request: SumRequest) -> SumAnswer | None:
         """Return what answered this very request before: nothing is computed twice."""
@@ -342,6 +412,10 @@ class Worker:
             self._network, request.parameters, *self._train, release.event.sensitivity
         )
 
+    def noisy(self, charged: "Charged", exact: Float[np.ndarray, " P"]) -> Int[np.ndarray, " P"]:
+        """Return an exact sum rounded and with this merchant's share of the noise."""
+        return self._noisy(charged.release, exact, charged.noise)
+
     def _noisy(
         self,
         release: Release,
@@ -358,31 +432,10 @@ class Worker:
             error=release.error,
         )
 
-    def _local_update(
-        self, release: Release, request: SumRequest, noise: NoiseSource
-    ) -> Int[np.ndarray, " P"]:
-        """Take this merchant's own DP-SGD steps and return the model's change.
-
-        Steps are divided by the noisy average number of customers, never by this merchant's
-        own exact number; the change is post-processing of the noisy sums.
-        """
-        training = self.contract.training
-        batch = max(request.customers_per_merchant, 1.0) * training.sampling_rate
-        if training.engine == "opacus":
-            change = self._local_change(release, request, noise, batch)
-        else:
-            kernel = kernel_of(self._network, 1, "float32")
-            task = Task(kernel.table(*self._train), request.parameters, batch, noise)
-            change = local_updates(kernel, [task], training, release)[0]
-        aggregation = self.contract.aggregation
-        lattice, bound = local_lattice(aggregation.ring_bits, self.contract.max_merchants)
-        return to_lattice(np.clip(change, -bound, bound), lattice.step)
-
-    def _local_change(
-        self, release: Release, request: SumRequest, noise: NoiseSource, batch: float
-    ) -> Float[np.ndarray, " P"]:
+    def _local_change(self, charged: "Charged") -> Float[np.ndarray, " P"]:
         """Take the same steps with Opacus' gradients."""
-        training, start = self.contract.training, request.parameters
+        release, noise, batch = charged.release, charged.noise, self._batch(charged.request)
+        training, start = self.contract.training, charged.request.parameters
         theta = start.copy()
         for _ in range(training.local_steps):
             rows = noise.sampled(len(self._train[1]), training.sampling_rate)

@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 the run or check failed, 2 wrong use, 130 interrupted.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -94,6 +94,20 @@ def simulate(  # noqa: PLR0913, PLR0917
     ] = None,
     data_seed: DataSeedOption = 0,
     insecure_plain_sums: PlainOption = False,
+    engine: Annotated[
+        Literal["cohort", "process"],
+        typer.Option(
+            "--engine",
+            help="`cohort`: all merchants of a stage in one computation. `process`: divided over "
+            "processes. Both give the same result.",
+        ),
+    ] = "cohort",
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", min=0, help="For --engine process; default one for each processor."
+        ),
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the results; default out/<time>.")
     ] = None,
@@ -102,13 +116,13 @@ def simulate(  # noqa: PLR0913, PLR0917
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Run a whole federation in this process and write a report."""
+    """Run a whole federation on this machine and write a report."""
     from hansa.commands.simulate import Choices, run
 
     run(
         Choices(
             contract, data, partition, label, preset, merchants, epsilon, delta, mode, rounds,
-            seed, data_seed, insecure_plain_sums, out, overwrite, json,
+            seed, data_seed, insecure_plain_sums, engine, processes, out, overwrite, json,
         )
     )  # fmt: skip
 

@@ -2,10 +2,15 @@
 
 Every message is serialised to Flower's protobuf and back, both ways, so that what works here
 works on the wire. A client app's exception becomes the error reply that a SuperNode would send.
+
+Messages of one type that are pulled at once can be answered together (`together`), which is how
+a whole cohort's gradients become one computation.
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -19,6 +24,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 FIRST_NODE = 2  # id of node 0; 0 and 1 mean other things to Flower
 Fault = Callable[[Message], str | None]  # None: deliver; "silent": lose it; else: error text
+# (message type, context and content of each) -> functions that return a reply's content or raise
+Together = Callable[[str, list[tuple[Context, RecordDict]]], list[Callable[[], RecordDict]]]
 
 
 class InProcessGrid(Grid):
@@ -29,6 +36,7 @@ class InProcessGrid(Grid):
         nodes: Number of nodes; node k has `partition-id` k in its configuration.
         run_config: Run configuration that every context carries.
         fault: Decides the fate of each message, for tests of survival.
+        together: Answers messages of one type at once, instead of the client app.
     """
 
     def __init__(
@@ -37,9 +45,11 @@ class InProcessGrid(Grid):
         nodes: int,
         run_config: dict[str, Any],
         fault: Fault | None = None,
+        together: Together | None = None,
     ) -> None:
         self._client_app = client_app
         self._fault = fault
+        self._together = together
         self._run = Run.create_empty(run_id=secrets.randbits(62))
         # Flower's Message constructor asks this process-wide identity who is speaking.
         TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, 1
@@ -86,14 +96,10 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to the given messages; lost ones have none."""
-        replies = []
-        for message_id in message_ids:
-            item = self._waiting.pop(message_id, None)
-            if isinstance(item, Message):
-                replies.append(item)
-            elif item is not None:
-                replies.append(self._deliver(*item))
-        return replies
+        waiting = [self._waiting.pop(message_id, None) for message_id in message_ids]
+        delivered = iter(self._answered([one for one in waiting if isinstance(one, tuple)]))
+        replies = [next(delivered) if isinstance(one, tuple) else one for one in waiting]
+        return [reply for reply in replies if reply is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -114,12 +120,30 @@ class InProcessGrid(Grid):
             self._waiting[message_id] = Message(error, reply_to=message)
         return message_id
 
-    def _deliver(self, node: int, raw: bytes) -> Message:
-        """Carry one message through the app across a real serialisation boundary."""
-        message = message_from_proto(MessageProto.FromString(raw))
-        message.metadata.__dict__["_message_id"] = message.metadata.message_id
+    def _answered(self, waiting: list[tuple[int, bytes]]) -> Iterator[Message]:
+        """Carry messages through the app across a real serialisation boundary."""
+        messages = [message_from_proto(MessageProto.FromString(raw)) for _, raw in waiting]
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.metadata.message_id
+        together = self._together
+        if together is None:
+            for message in messages:
+                yield self._reply(message, partial(self._answer_of_app, message))
+            return
+        for kind, group in groupby(messages, key=lambda message: message.metadata.message_type):
+            asked = list(group)
+            contents = [(self.contexts[m.metadata.dst_node_id], m.content) for m in asked]
+            for message, give in zip(asked, together(kind, contents), strict=True):
+                yield self._reply(message, partial(_wrapped, message, give))
+
+    def _answer_of_app(self, message: Message) -> Message:
+        return self._client_app(message, self.contexts[message.metadata.dst_node_id])
+
+    @staticmethod
+    def _reply(message: Message, answer: Callable[[], Message]) -> Message:
+        """Return an answer, or the error reply that a SuperNode would send."""
         try:
-            reply = self._client_app(message, self.contexts[node])
+            reply = answer()
         except Exception as error:  # noqa: BLE001  # what a SuperNode does with any exception
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
@@ -128,14 +152,19 @@ class InProcessGrid(Grid):
         )
 
 
+def _wrapped(message: Message, give: Callable[[], RecordDict]) -> Message:
+    return Message(give(), reply_to=message)
+
+
 def run_in_process(
     server_app: ServerApp,
     client_app: ClientApp,
     nodes: int,
     run_config: dict[str, Any],
     fault: Fault | None = None,
+    together: Together | None = None,
 ) -> None:
     """Run a ServerApp against a ClientApp to its end, in this process."""
-    grid = InProcessGrid(client_app, nodes, run_config, fault)
+    grid = InProcessGrid(client_app, nodes, run_config, fault, together)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
     server_app(grid=grid, context=context)

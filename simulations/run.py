@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 
 from audit.epsilon import DP_ACCOUNTING, OPACUS, opinions
 from clients.app import create_app as create_client_app
@@ -29,6 +29,7 @@ from server.archive import Archive, open_archive
 from server.evidence import coordinator_evidence
 from server.outcome import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
+from simulations.engines import COHORT, Computing, running
 from simulations.federation import Federation, Member, training_customers
 from simulations.grid import FIRST_NODE, Fault, run_in_process
 from simulations.result import (
@@ -100,7 +101,11 @@ def _is_earlier_simulation(out: Path) -> bool:
 
 
 def simulate(
-    federation: Federation, out: Path, on_round: OnRound, fault: Fault | None = None
+    federation: Federation,
+    out: Path,
+    on_round: OnRound,
+    fault: Fault | None = None,
+    computing: Computing = COHORT,
 ) -> SimulationResult:
     """Run the federation and write bundle and assignments under `out`.
 
@@ -123,7 +128,7 @@ def simulate(
         records.append(_round_record(round_report, len(contract.segments.names)))
         on_round(records[-1], round_report.rounds)
 
-    outcome = run_rounds(federation, out, report, fault)
+    outcome = run_rounds(federation, out, report, fault, computing)
     if contract.aggregation.secure:
         _check_survivors(federation, outcome)
     merchants, spending = _spending(federation, outcome)  # may refuse to claim an epsilon
@@ -171,6 +176,7 @@ def run_rounds(
     out: Path,
     on_round: Callable[[RoundReport], None],
     fault: Fault | None = None,
+    computing: Computing = COHORT,
 ) -> Outcome:
     """Carry out the contract through Flower, publish nothing.
 
@@ -187,17 +193,28 @@ def run_rounds(
     def worker_of(context: Context) -> Worker:
         return federation.members[int(context.node_config["partition-id"])].worker
 
-    run_in_process(
-        create_server_app(on_round, finish),
-        create_client_app(worker_of),
-        len(federation.members),
-        {
-            "contract": str(out / "contract.toml"),
-            "out": str(out / "bundle"),
-            "server": str(federation.server),
-        },
-        fault,
-    )
+    workers = [member.worker for member in federation.members]
+    with running(computing.engine, workers, computing.processes) as answers:
+
+        def together(
+            kind: str, asked: list[tuple[Context, RecordDict]]
+        ) -> list[Callable[[], RecordDict]]:
+            merchants = [int(context.node_config["partition-id"]) for context, _ in asked]
+            contents = [content for _, content in asked]
+            return answers(kind, list(zip(merchants, contents, strict=True)))
+
+        run_in_process(
+            create_server_app(on_round, finish),
+            create_client_app(worker_of),
+            len(federation.members),
+            {
+                "contract": str(out / "contract.toml"),
+                "out": str(out / "bundle"),
+                "server": str(federation.server),
+            },
+            fault,
+            together,
+        )
     return outcomes[0]
 
 

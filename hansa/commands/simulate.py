@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import ContractError
 from common.statements import epsilon_text
@@ -42,6 +42,8 @@ class Choices:
     seed: int | None
     data_seed: int
     insecure_plain_sums: bool
+    engine: Literal["cohort", "process"]
+    processes: int
     out: Path | None
     overwrite: bool
     json: Path | None
@@ -56,6 +58,7 @@ def run(choices: Choices) -> None:
     with console.status("reading customers"):
         prepare = _prepared(choices)  # what is mistyped is told before torch is imported
         from simulations.documents import simulation_document
+        from simulations.engines import Computing
         from simulations.report import write_report
         from simulations.run import prepare_folder, simulate
         from simulations.tables import merchants_table, summary_lines
@@ -64,7 +67,8 @@ def run(choices: Choices) -> None:
         federation = prepare(out)
     _announce(federation, console)
     with _progress(federation, console) as on_round:
-        result = simulate(federation, out, on_round)
+        computing = Computing(choices.engine, choices.processes)
+        result = simulate(federation, out, on_round, computing=computing)
     report = out / "report.html"
     with console.status("writing the report"):
         write_report(result, report)
