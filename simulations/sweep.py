@@ -31,6 +31,7 @@ from simulations.sweep_cell import (
 )
 
 _LOCK, _RUNNING = ".lock", ".running-"
+_AHEAD = ["simulations.sweep_cell", "simulations.run"]  # imported once, before runs are forked
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 OnRecord = Callable[[Cell, Record], None]
@@ -247,7 +248,7 @@ def _fork_server() -> ForkServerContext:
     from multiprocessing import forkserver
 
     context = get_context("forkserver")
-    context.set_forkserver_preload([attempt.__module__])
+    context.set_forkserver_preload(_AHEAD)
     own = {**dict.fromkeys(_THREADS, "1"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with _environment(own), _deaf_to_interrupts():
         forkserver.ensure_running()

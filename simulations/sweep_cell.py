@@ -17,10 +17,8 @@ from common.plan import plan_of
 from common.versions import code_sha256, hansa_version
 from simulations.catalogue import CATALOGUE
 from simulations.datasets import Dataset, load
-from simulations.federation import assemble
 from simulations.pictures import write_whole
 from simulations.result import SimulationResult
-from simulations.run import simulate
 
 _KEY_LENGTH = 24  # hexadecimal digits: 96 bits
 # What the axes set, and what follows from the number of merchants and customers.
@@ -193,6 +191,9 @@ def axes_text(record: Record) -> str:
 
 def attempt(cell: Cell, folder: Path) -> Record:
     """Simulate a cell in an empty folder; an error that a person can put right is its reason."""
+    from simulations.federation import assemble
+    from simulations.run import simulate
+
     try:
         dataset = cell.origin.load(plain=not cell.contract.aggregation.secure)
         federation = assemble(dataset, cell.contract, folder, cell.seed)

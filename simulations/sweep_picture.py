@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from simulations.pictures import PALETTE, drawing, rendered
 from simulations.sweep_findings import AXES, Group, Sweep, headline, varied
@@ -17,9 +17,12 @@ _MOST_LINES = 6  # of one panel, before the merchants or the sampling rates get 
 _COLOURS = [PALETTE[name] for name in ("accent", "second", "ink", "soft")]
 _DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
 _MARKERS = "osD^vP"
-_PANEL = (5.2, 4.2)  # inches
+_PANEL = (5.4, 4.2)  # inches
 _TITLE = 64  # characters of a line over one panel
-_APART = 3.0  # points between the bars of two lines at the same epsilon
+_APART = 0.008  # of the axis, between the bars of two lines at the same epsilon
+_HELD = "\u00a0"  # a space at which no line is broken
+_MOST_TICKS = 10
+_NOTHING = "no run has an accuracy to show"
 _WIDE = 8  # epsilons further apart than by this factor are spaced by their logarithm
 
 
@@ -38,20 +41,18 @@ def picture(sweep: Sweep, kind: str) -> bytes:
     the noise in its accuracy. What has no accuracy to state is not drawn.
     """
     panels = _panels(sweep.groups)
+    parts = (part.replace(" ", _HELD) for part in headline(sweep).split(", "))
+    told = textwrap.fill(", ".join(parts), _TITLE * len(panels))
     with drawing():
         from matplotlib.figure import Figure
 
         size = (_PANEL[0] * len(panels), _PANEL[1])
         figure = Figure(figsize=size, layout="constrained", facecolor=PALETTE["panel"])
-        shape = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+        shape = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
         for axes, (title, groups) in zip(shape[0], panels, strict=True):
             _paint(axes, title, _lines(groups))
         shape[0][0].set_ylabel("Noisy accuracy, %")
-        figure.suptitle(
-            "\n".join(textwrap.wrap(headline(sweep), _TITLE * len(panels))),
-            fontsize=10,
-            color=PALETTE["soft"],
-        )
+        figure.suptitle(told, fontsize=10, color=PALETTE["soft"])
         return rendered(figure, kind)
 
 
@@ -90,14 +91,17 @@ def _follows(groups: Sequence[Group]) -> bool:
 
 
 def _paint(axes: "Axes", title: str, lines: Sequence[Line]) -> None:
+    epsilons = sorted({group.any.epsilon for line in lines for group in line.groups})
+    wide = epsilons[-1] > _WIDE * epsilons[0]
     styles = zip(cycle(_COLOURS), _dashes(), cycle(_MARKERS), strict=False)
     for place, (line, (colour, dashes, marker)) in enumerate(zip(lines, styles, strict=False)):
         shown = [group for group in line.groups if known(group.accuracy.mean)]
         if not shown:
             continue
+        aside = _APART * (place - (len(lines) - 1) / 2)  # so that bars do not cover each other
         errors = [group.accuracy.sd if known(group.accuracy.sd) else 0.0 for group in shown]
         axes.errorbar(
-            [group.any.epsilon for group in shown],
+            [_beside(group.any.epsilon, aside, epsilons, wide=wide) for group in shown],
             [100 * group.accuracy.mean for group in shown],
             yerr=[100 * error for error in errors],
             color=colour,
@@ -107,37 +111,32 @@ def _paint(axes: "Axes", title: str, lines: Sequence[Line]) -> None:
             elinewidth=1.1,
             capsize=2.5,
             label=line.name or None,
-            transform=_beside(axes, place - (len(lines) - 1) / 2),
         )
-    _ticks(axes, sorted({group.any.epsilon for line in lines for group in line.groups}))
+    if wide:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    if len(epsilons) <= _MOST_TICKS:
+        axes.set_xticks(epsilons, [f"{value:g}" for value in epsilons])
     axes.set_xlabel("Epsilon of the contract")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    if any(line.name for line in lines) and axes.get_legend_handles_labels()[0]:
+    if not axes.has_data():
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, _NOTHING, ha="center", va="center", transform=axes.transAxes)
+    elif any(line.name for line in lines):
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8.5, ncols=2
         )
 
 
-def _beside(axes: "Axes", places: float) -> Any:
-    """Move a line to the side, so that its bars do not cover those of the others."""
-    from matplotlib.transforms import ScaledTranslation
-
-    moved = ScaledTranslation(places * _APART / 72, 0, axes.figure.dpi_scale_trans)
-    return axes.transData + moved
+def _beside(value: float, aside: float, epsilons: Sequence[float], *, wide: bool) -> float:
+    """Move a point aside by a part of the axis."""
+    if wide:
+        return float(value * (epsilons[-1] / epsilons[0]) ** aside)
+    return value + aside * (epsilons[-1] - epsilons[0])
 
 
 def _dashes() -> "cycle[object]":
     """Change the dashes when the colours begin anew."""
     return cycle([dashes for dashes in _DASHES for _ in _COLOURS])
-
-
-def _ticks(axes: "Axes", epsilons: Sequence[float]) -> None:
-    if epsilons[-1] > _WIDE * epsilons[0]:
-        axes.set_xscale("log")
-        axes.minorticks_off()
-    else:
-        axes.set_xlim(0, 1.06 * epsilons[-1])
-    if len(epsilons) <= 10:
-        axes.set_xticks(epsilons, [f"{value:g}" for value in epsilons])
