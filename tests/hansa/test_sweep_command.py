@@ -249,27 +249,58 @@ class TestBrokenOff:
         assert not (tmp_path / "o" / "sweep.png").exists()
 
     @pytest.mark.slow
-    def test_a_run_that_is_killed_is_a_failed_cell(self, tmp_path: Path) -> None:
-        """The others go on, and the signal is named."""
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_no_run_outlives_the_sweep(self, tmp_path: Path, number: signal.Signals) -> None:
+        """Even one that would go on for many minutes, whatever ended the sweep."""
+        long = [*SMALL[:4], "--rounds", "20000", "--epsilon", "50,60", "--out", "o"]
+        process = started(*long, cwd=tmp_path)
+        try:
+            run_of(process, tmp_path / "o")
+            below = descendants(process.pid)
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+        wait_for(lambda: not any(map(alive, below)))
+        assert kept(tmp_path / "o") == {}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("number", "ends"), [(signal.SIGKILL, ["done", "failed"]), (signal.SIGINT, ["done"] * 2)]
+    )
+    def test_a_run_that_is_killed_is_a_failed_cell(
+        self, tmp_path: Path, number: signal.Signals, ends: list[str]
+    ) -> None:
+        """The others go on, and the signal is named; Ctrl-C is for the sweep alone to hear."""
         arguments = ("--epsilon", "20,30", "--seeds", "1", "--workers", "1", "--out", "o")
         slow = [*SMALL[:4], "--rounds", "60", "--seed", "1"]
         process = started(*slow, *arguments, cwd=tmp_path)
         try:
-            wait_for(lambda: any((tmp_path / "o").glob(".running-*/*.log")))
-            (log,) = (tmp_path / "o").glob(".running-*/*.log")
-            run = next(pid for pid in descendants(process.pid) if _writes_to(pid, log))
-            os.kill(run, signal.SIGKILL)
+            os.kill(run_of(process, tmp_path / "o"), number)
             told, _ = process.communicate(timeout=120)
         finally:
             process.kill()
-        assert process.returncode == 1
         frame = pd.read_parquet(tmp_path / "o" / "sweep.parquet")
-        assert sorted(frame.status) == ["done", "failed"]
-        assert "by SIGKILL, as when memory runs out" in told
+        assert sorted(frame.status) == ends
+        assert process.returncode == ends.count("failed")
+        assert ("by SIGKILL, as when memory runs out" in told) == (number == signal.SIGKILL)
 
 
-def _writes_to(pid: int, log: Path) -> bool:
+def run_of(process: "subprocess.Popen[str]", out: Path) -> int:
+    """Wait for a run of a sweep; return its process."""
+    found: list[int] = []
+
+    def at_work() -> bool:
+        logs = {log.resolve() for log in out.glob(".running-*/*.log")}
+        found.extend(pid for pid in descendants(process.pid) if _output(pid) in logs)
+        return bool(found)
+
+    wait_for(at_work)
+    return found[0]
+
+
+def _output(pid: int) -> Path | None:
     try:
-        return Path(f"/proc/{pid}/fd/1").resolve() == log.resolve()
+        return Path(f"/proc/{pid}/fd/1").resolve()
     except OSError:
-        return False
+        return None
