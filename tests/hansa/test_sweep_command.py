@@ -249,7 +249,9 @@ class TestBrokenOff:
         assert not (tmp_path / "o" / "sweep.png").exists()
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize(
+        "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
+    )
     def test_no_run_outlives_the_sweep(self, tmp_path: Path, number: signal.Signals) -> None:
         """Even one that would go on for many minutes, whatever ended the sweep."""
         long = [*SMALL[:4], "--rounds", "20000", "--epsilon", "50,60", "--out", "o"]
