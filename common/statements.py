@@ -33,10 +33,22 @@ NOT_MASKED_COMPARED = (
     "The sums of the federated runs were not masked: the epsilon of 'Together, shared noise' holds "
     "towards those who see sums only, not towards whoever runs the coordinator."
 )
+NOT_MASKED_SWEPT = {  # by training mode
+    mode: told.replace("of this run", "of these runs") for mode, told in NOT_MASKED.items()
+}
 MASKED_COMPARED = "The sums of the federated runs were masked, as in a real federation."
 NOT_FOR_RELEASE = (
     "This run was seeded: it can be repeated, and its noise can be guessed by whoever knows the "
     "seed. Its results are not for release."
+)
+SWEPT_SYNTHETIC = (
+    "Nobody stands behind a row, so choosing a configuration by this table spends nobody's "
+    "privacy. On real customers it would: every run of a sweep reads them, and no single run's "
+    "epsilon counts the others."
+)
+SWEPT_SEEDED = (
+    "The runs were seeded: they can be repeated, and their noise can be guessed by whoever knows "
+    "the seed. Their results are not for release."
 )
 NOT_PROTECTED = (
     "that a merchant takes part, when, how long it takes to answer (which grows with the number "
@@ -68,6 +80,34 @@ def sums_statement(mode: str, *, secure: bool, merchants: int) -> str:
         merchants: In the smallest sum.
     """
     return MASKED[mode].format(merchants=f"{merchants:,}") if secure else NOT_MASKED[mode]
+
+
+def swept(runs: int, epsilon: float | None, delta: float, *, seeded: bool) -> str:
+    """Say what choosing by the figures of many runs over the same real customers costs.
+
+    Args:
+        runs: That came to an end, failed ones included.
+        epsilon: Of all of them together; None where no bound can be given.
+        delta: Of that epsilon.
+        seeded: Whether the noise of some can be guessed, so that no bound holds.
+    """
+    start = (
+        "Every epsilon here counts its own run alone, but all runs read the same customers. "
+        "Whoever chooses a configuration by these figures, or shows them, releases something of "
+        f"all of the {runs:,} runs in this folder. "
+    )
+    cost = (
+        f"Together they cost an epsilon of at most {epsilon_text(epsilon)} at delta {delta:.3g} "
+        "towards those who see what the runs publish, if the grid was fixed before any of it. "
+        if epsilon is not None
+        else "No finite epsilon can be given for them together. "
+    )
+    if seeded:
+        cost = "Noise of theirs comes from a seed and can be guessed, so no epsilon holds. "
+    return (
+        f"{start}{cost}Training with the chosen configuration costs its own epsilon on top, and no "
+        "merchant's ledger knows of this sweep. To choose for free, sweep over synthetic customers."
+    )
 
 
 def epsilon_text(value: float, digits: int = 4) -> str:

@@ -163,6 +163,85 @@ def compare(  # noqa: PLR0913, PLR0917
 
 
 @app.command()
+def sweep(  # noqa: PLR0913, PLR0917
+    contract: Annotated[
+        Path | None, typer.Argument(help="A contract file; default the data set's own.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="A built-in data set (`hansa data list`).")
+    ] = "synthetic",
+    partition: PartitionOption = None,
+    label: LabelOption = None,
+    preset: PresetOption = None,
+    epsilon: Annotated[
+        list[str] | None,
+        typer.Option("--epsilon", help="Axis: epsilons of a run, as 0.5,1,2; default 0.5,1,2,4."),
+    ] = None,
+    clip_norm: Annotated[
+        list[str] | None,
+        typer.Option("--clip-norm", help="Axis: clip norms; default the contract's."),
+    ] = None,
+    merchants: Annotated[
+        list[str] | None,
+        typer.Option("--merchants", help="Axis: numbers of merchants (cdnow and synthetic)."),
+    ] = None,
+    sampling_rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sampling-rate",
+            help="Axis: sampling rates; below 1 with `--mode local` only; default the contract's.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", min=1, max=1000, help="Runs of each cell, each with a split of its own."
+        ),
+    ] = 3,
+    delta: Annotated[
+        float | None,
+        typer.Option("--delta", help="Default: 1 / N^1.1, N the pooled training customers."),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="`distributed` or `local` noise.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Training rounds.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            help="Noise of the first runs is drawn from this seed, of the next from the next: "
+            "repeatable and guessable, not for release.",
+        ),
+    ] = None,
+    data_seed: DataSeedOption = 0,
+    insecure_plain_sums: PlainOption = False,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Runs at a time; default one a core."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the results; goes on with what is there.")
+    ] = Path("out/sweep"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the folder of every run, ledgers included.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Simulate a grid of epsilon, clip norm, merchants and sampling rate; resumable."""
+    from hansa.commands.sweep import Choices, run
+
+    run(
+        Choices(
+            contract, data, partition, label, preset, merchants or (), epsilon or (),
+            clip_norm or (), sampling_rate or (), delta, mode, rounds, seeds, seed, data_seed,
+            insecure_plain_sums, workers, out, keep, json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def contract(
     path: Annotated[Path, typer.Argument(help="The contract file.")],
 ) -> None:

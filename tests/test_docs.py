@@ -318,7 +318,7 @@ class TestExamples:
             elif block.kind == "toml" and "merchant" in block.words:
                 Merchant.model_validate(tomllib.loads(block.text))
 
-    @pytest.mark.parametrize("name", ["simulate", "compare"])
+    @pytest.mark.parametrize("name", ["simulate", "compare", "sweep"])
     def test_json_examples_fit_their_schema(self, name: str) -> None:
         """The JSON examples are valid under the schemas that the package ships."""
         path = files("hansa") / "schemas" / f"{name}.schema.json"

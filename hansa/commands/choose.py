@@ -84,6 +84,34 @@ def with_options(contract: Contract, **options: tuple[str, Any]) -> Contract:
     return contract
 
 
+def final_contract(
+    dataset: "Dataset",
+    path: Path | None,
+    *,
+    plain: bool,
+    delta: float | None,
+    **options: tuple[str, Any],
+) -> Contract:
+    """Return what merchants of a data set agree on, as `chosen_contract` and `with_options`.
+
+    Args:
+        dataset: Whose customers are to be learned from.
+        path: The contract file; None for the data set's own.
+        plain: Sum without masks, whatever the contract says.
+        delta: None for the file's; without a file, for 1 / N^1.1.
+        options: key=(section, value).
+
+    Raises:
+        ContractError: The file does not fit the data set, or an option the contract.
+    """
+    from simulations.federation import public_delta, tables_of, training_customers
+
+    contract = with_options(chosen_contract(dataset, path, plain=plain), **options)
+    if delta is None and path is None:
+        delta = public_delta(training_customers(list(tables_of(dataset, contract).values())))
+    return with_options(contract, delta=("privacy", delta))
+
+
 def write_json(document: dict[str, Any], path: Path) -> None:
     """Write a result for machines, whole or not at all; `-` is the terminal."""
     import json

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from common.errors import ContractError
 from common.statements import epsilon_text
 from hansa.commands.choose import (
-    chosen_contract,
     chosen_dataset,
+    final_contract,
     refuse_single_merchant,
-    with_options,
     write_json,
 )
 
@@ -106,18 +105,17 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
         seed=choices.data_seed,
         plain=plain or choices.merchants == 1,
     )
-    contract = with_options(
-        chosen_contract(dataset, choices.contract, plain=plain),
+    contract = final_contract(
+        dataset,
+        choices.contract,
+        plain=plain,
+        delta=choices.delta,
         epsilon=("privacy", choices.epsilon),
         mode=("training", choices.mode),
         rounds=("training", choices.rounds),
     )
-    from simulations.federation import assemble, public_delta, tables_of, training_customers
+    from simulations.federation import assemble
 
-    delta = choices.delta
-    if delta is None and choices.contract is None:
-        delta = public_delta(training_customers(list(tables_of(dataset, contract).values())))
-    contract = with_options(contract, delta=("privacy", delta))
     return lambda out: assemble(dataset, contract, out, choices.seed)
 
 

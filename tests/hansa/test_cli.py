@@ -80,7 +80,7 @@ class TestHelp:
         """Each with a sentence."""
         text = hansa("--help").stdout
         groups = ("data", "merchant", "server", "audit")
-        for command in ("simulate", "compare", "contract", "version", *groups):
+        for command in ("simulate", "compare", "sweep", "contract", "version", *groups):
             assert re.search(rf"^\W*{command}  +[A-Z]", text, re.MULTILINE)
 
     @pytest.mark.parametrize(
@@ -89,6 +89,7 @@ class TestHelp:
             (("simulate",), ("--data", "--epsilon", "--seed", "--overwrite", "--json", "--mode")),
             (("simulate",), ("--insecure-plain-sums", "without masks")),
             (("compare",), ("--seeds", "--epsilon", "--out", "--insecure-plain-sums")),
+            (("sweep",), ("--epsilon", "--clip-norm", "--merchants", "--sampling-rate", "--keep")),
             (("data",), ("list", "show", "generate")),
             (("merchant",), ("check", "plan", "budget", "settle", "evidence", "head", "assign")),
             (("merchant",), ("init", "enrol", "members", "rotate", "join", "leave")),
