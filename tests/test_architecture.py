@@ -28,6 +28,7 @@ LIBRARIES = {
         "server/flower_control.py",
         "server/patient_grid.py",
         "server/stages.py",
+        "simulations/engines.py",
         "simulations/grid.py",
         "simulations/run.py",
     },
