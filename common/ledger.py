@@ -114,12 +114,14 @@ class Ledger:
         now: The merchant's clock, seconds since 1970.
         previous: Public keys that the witness had before, by its own signed rotations. What they
             countersigned stays good; nothing new of them is accepted.
+        durable: Every charge is on the disk before it is acted upon. False where a simulation
+            made the merchant: then a loss of power may lose what lost nothing.
 
     Raises:
         LedgerError: The file cannot be opened, is no ledger of this merchant, or was changed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # some of them by name
         self,
         path: Path,
         budget: Budget,
@@ -128,8 +130,10 @@ class Ledger:
         now: Callable[[], float] = time.time,
         *,
         previous: Sequence[bytes] = (),
+        durable: bool = True,
     ) -> None:
         self.path = path
+        self._durable = durable
         self.budget = budget
         self._identity = identity
         self._witness = witness
@@ -636,7 +640,8 @@ class Ledger:
     def _transaction_of_thread(self, synchronous: str) -> Iterator[sqlite3.Connection]:
         try:
             connection = self._reconnect_if_replaced()
-            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            kept = synchronous if self._durable else "OFF"
+            connection.execute(f"PRAGMA synchronous = {kept}")
             connection.execute("BEGIN IMMEDIATE")
         except (OSError, *_BROKEN) as error:
             raise LedgerError(f"{self.path}: the ledger cannot be used ({error})") from None

@@ -3,10 +3,10 @@
 from opacus.accountants import IAccountant
 from opacus.accountants.registry import register_accountant
 
-from common.accounting import epsilon
+from common.accounting import epsilon, quick_epsilon
 from common.events import Event, PoissonGaussianSum
 
-MECHANISM = "hansa"
+MECHANISM, QUICK = "hansa", "hansa-quick"
 
 
 class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
@@ -21,10 +21,12 @@ class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
 
     def get_epsilon(self, delta: float, *, others: tuple[Event, ...] = ()) -> float:
         """Return epsilon of the history together with `others`."""
-        steps = [
+        return epsilon((*self._steps(), *others), delta)
+
+    def _steps(self) -> list[Event]:
+        return [
             PoissonGaussianSum(sigma, 1.0, rate, int(count)) for sigma, rate, count in self.history
         ]
-        return epsilon((*steps, *others), delta)
 
     def __len__(self) -> int:
         """Return the number of recorded steps."""
@@ -36,4 +38,18 @@ class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
         return MECHANISM
 
 
+class QuickAccountant(HansaAccountant):
+    """The same for a search that asks many times."""
+
+    def get_epsilon(self, delta: float, *, others: tuple[Event, ...] = ()) -> float:
+        """Return `quick_epsilon` of the history together with `others`."""
+        return quick_epsilon((*self._steps(), *others), delta)
+
+    @classmethod
+    def mechanism(cls) -> str:
+        """Return the name under which Opacus knows this accountant."""
+        return QUICK
+
+
 register_accountant(MECHANISM, HansaAccountant, force=True)
+register_accountant(QUICK, QuickAccountant, force=True)

@@ -98,6 +98,7 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
                     budget,
                     identities[merchant],
                     enrolled.witness,
+                    durable=False,
                 ),
                 accept_unmasked_sums=not contract.aggregation.secure,
                 secure=SecureParty(
