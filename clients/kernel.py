@@ -41,7 +41,6 @@ _VECTOR = 32  # bytes
 _GRAIN = 32  # rows; products have multiples of it
 _CACHE = 2**20  # bytes of the numbers that one pass works on
 _TRIALS = 3
-_MOST_VIEWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +200,8 @@ class Kernel:
         fitting = _CACHE // width // TILE_ROWS * TILE_ROWS
         self._most = min(max(fitting, TILE_ROWS), CHUNK_ROWS)  # rows of a chunk, and of a pass
         self._buffers = _Buffers(self.network.dims, self._widths, self._type, self._most)
-        self._views: dict[tuple[int, ...], _Views] = {}
+        self._views: dict[int, _Views] = {}
+        self._parts: dict[tuple[int, int], _Part] = {}
 
     def _layers(self, packed: torch.Tensor) -> list[torch.Tensor]:
         """Return the matrices [K, in, out] of each layer as views into packed vectors."""
@@ -245,15 +245,16 @@ class Kernel:
     def _pass(self, chunks: list[_Chunk], clip_norm: float) -> None:
         for chunk in chunks:
             self._fill(chunk)
-        views = self._views_of(tuple(chunk.filled for chunk in chunks))
-        factor = self._clipped(views, [chunk.model for chunk in chunks], clip_norm)
+        views = self._views_of(chunks[-1].first + chunks[-1].filled)
+        parts = [self._part_of(chunk.first, chunk.filled) for chunk in chunks]
+        factor = self._clipped(views, parts, [chunk.model for chunk in chunks], clip_norm)
         for chunk in chunks:
             factor[chunk.first + chunk.rows : chunk.first + chunk.filled] = 0.0
         for deltas in views.deltas:
             deltas.mul_(views.factor)
-        for number, chunk in enumerate(chunks):
+        for chunk, part in zip(chunks, parts, strict=True):
             partial = self._partial[chunk.model]
-            for tiles in views.parts[number]:
+            for tiles in part.tiles:
                 self._sum(tiles)
                 partial += self._product
             self._summed[chunk.model] += chunk.filled
@@ -285,11 +286,15 @@ class Kernel:
         labels[end:stop] = 0
 
     def _clipped(
-        self, views: "_Views", owners: Sequence[int], clip_norm: float
+        self,
+        views: "_Views",
+        parts: Sequence["_Part"],
+        owners: Sequence[int],
+        clip_norm: float,
     ) -> Float[np.ndarray, " _"]:
         """Fill inputs and output gradients of all layers; return each row's clipping factor."""
-        self._go_forward(views, owners)
-        self._go_backward(views, owners)
+        self._go_forward(views, parts, owners)
+        self._go_backward(views, parts, owners)
         for layer in range(self._depth):
             torch.linalg.vector_norm(views.inputs[layer], dim=1, out=views.input_norms[layer])
             torch.linalg.vector_norm(views.deltas[layer], dim=1, out=views.delta_norms[layer])
@@ -314,27 +319,28 @@ class Kernel:
         for inputs, width in zip(views.inputs, self.network.dims, strict=False):
             inputs[:, width] = 1.0
 
-    def _go_forward(self, views: "_Views", owners: Sequence[int]) -> None:
-        for layer, (source, weights) in enumerate(
-            zip(views.input_chunks, self._forward, strict=True)
-        ):
-            if layer < self._depth - 1:
-                self._multiply(source, weights, owners, views.delta_chunks[layer])
-                if self.network.activation == "relu":
-                    torch.clamp_min(views.before[layer], 0.0, out=views.hidden[layer])
-                else:
-                    torch.tanh(views.before[layer], out=views.hidden[layer])
+    def _go_forward(self, views: "_Views", parts: Sequence["_Part"], owners: Sequence[int]) -> None:
+        for layer, weights in enumerate(self._forward):
+            for part, model in zip(parts, owners, strict=True):
+                self._multiply(part.inputs[layer], weights[model], part.before[layer])
+            if layer == self._depth - 1:
+                break
+            if self.network.activation == "relu":
+                torch.clamp_min(views.before[layer], 0.0, out=views.hidden[layer])
             else:
-                self._multiply(source, weights, owners, views.logit_chunks)
+                torch.tanh(views.before[layer], out=views.hidden[layer])
         if views.no_segments is not None:
             views.no_segments.fill_(-math.inf)
         torch.softmax(views.logits, 1, out=views.deltas[-1])
         views.deltas[-1].scatter_add_(1, views.labels, views.minus)
 
-    def _go_backward(self, views: "_Views", owners: Sequence[int]) -> None:
+    def _go_backward(
+        self, views: "_Views", parts: Sequence["_Part"], owners: Sequence[int]
+    ) -> None:
         for layer in range(self._depth - 1, 0, -1):
-            chunks = views.delta_chunks
-            self._multiply(chunks[layer], self._backward[layer], owners, chunks[layer - 1])
+            weights = self._backward[layer]
+            for part, model in zip(parts, owners, strict=True):
+                self._multiply(part.deltas[layer], weights[model], part.deltas[layer - 1])
             hidden, delta = views.hidden[layer - 1], views.before[layer - 1]
             if self.network.activation == "relu":
                 torch.ops.aten.threshold_backward.grad_input(delta, hidden, 0, grad_input=delta)
@@ -344,34 +350,31 @@ class Kernel:
             if spare is not None:
                 spare.zero_()  # what the bias's row left there
 
-    def _multiply(
-        self,
-        rows: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        owners: Sequence[int],
-        results: Sequence[torch.Tensor],
-    ) -> None:
-        """Multiply each chunk's rows with its model's weights."""
-        for source, model, result in zip(rows, owners, results, strict=True):
-            if self._steps is None:
-                torch.mm(source, weights[model], out=result)
-            elif self._steps:
-                for start in range(0, len(source), self._steps):
-                    part = slice(start, start + self._steps)
-                    torch.mm(source[part], weights[model], out=result[part])
-            else:
-                matrix = np.zeros((weights[model].shape[1], weights[model].shape[0] + 1))
-                matrix[:, :-1] = weights[model].T.numpy()
-                product = row_by_row(source.numpy().astype(np.float64), matrix)
-                result.copy_(torch.from_numpy(np.ascontiguousarray(product)))
+    def _multiply(self, rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """Multiply a chunk's rows with its model's weights."""
+        if self._steps is None:
+            torch.mm(rows, weights, out=out)
+        elif self._steps:
+            for start in range(0, len(rows), self._steps):
+                part = slice(start, start + self._steps)
+                torch.mm(rows[part], weights, out=out[part])
+        else:
+            matrix = np.zeros((weights.shape[1], weights.shape[0] + 1))
+            matrix[:, :-1] = weights.T.numpy()
+            product = row_by_row(rows.numpy().astype(np.float64), matrix)
+            out.copy_(torch.from_numpy(np.ascontiguousarray(product)))
 
-    def _views_of(self, sizes: tuple[int, ...]) -> "_Views":
-        """Return views of chunks of these sizes, one after the other."""
-        if sizes not in self._views:
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            self._views[sizes] = _Views(self._buffers, sizes, self._tile)
-        return self._views[sizes]
+    def _views_of(self, rows: int) -> "_Views":
+        """Return views of the first so many rows."""
+        if rows not in self._views:
+            self._views[rows] = _Views(self._buffers, rows)
+        return self._views[rows]
+
+    def _part_of(self, first: int, rows: int) -> "_Part":
+        """Return views of a chunk."""
+        if (first, rows) not in self._parts:
+            self._parts[first, rows] = _Part(self._buffers, first, first + rows, self._tile)
+        return self._parts[first, rows]
 
     @torch.inference_mode()
     def _rows_are_alone(self) -> bool:
@@ -403,8 +406,8 @@ class Kernel:
 
     def _numbers(self, size: int) -> Float[np.ndarray, "_ _"]:
         """Return all numbers of each row that enter a sum."""
-        views = self._views_of((size,))
-        factor = self._clipped(views, [0], 1.0)
+        views = self._views_of(size)
+        factor = self._clipped(views, [self._part_of(0, size)], [0], 1.0)
         parts = [part.numpy() for part in (*views.inputs[1:], *views.deltas)]
         return np.concatenate([*parts, factor[:, None]], axis=1)
 
@@ -433,32 +436,30 @@ class _Buffers:
         self.label_rows = self.labels.numpy()[:, 0]
 
 
-class _Views:
-    """Chunks at the start of buffers; kept, since making views takes longer than small sums."""
+class _Part:
+    """A chunk's rows; kept, since making views takes longer than small products."""
 
-    def __init__(self, buffers: _Buffers, sizes: tuple[int, ...], tile: int) -> None:
-        rows, dims = sum(sizes), buffers.dims
-        self.inputs = [inputs[:rows] for inputs in buffers.inputs]
-        self.deltas = [deltas[:rows] for deltas in buffers.deltas]
-        self.input_chunks = [_rows(inputs, sizes) for inputs in self.inputs]
-        self.delta_chunks = [_rows(deltas, sizes) for deltas in self.deltas]
-        self.logit_chunks = _rows(buffers.logits, sizes)
-        starts = list(accumulate(sizes, initial=0))
+    def __init__(self, buffers: _Buffers, first: int, stop: int, tile: int) -> None:
+        self.inputs = [inputs[first:stop] for inputs in buffers.inputs]
+        self.deltas = [deltas[first:stop] for deltas in buffers.deltas]
+        self.before = [*self.deltas[:-1], buffers.logits[first:stop]]
         tiles = [
             [
-                [
-                    (inputs[place:end].T, deltas[place:end])
-                    for inputs, deltas in zip(self.inputs, self.deltas, strict=True)
-                ]
-                for place in range(start, stop, tile)
-                for end in [min(place + tile, stop)]
+                (inputs[start : min(start + tile, stop)].T, deltas[start : min(start + tile, stop)])
+                for inputs, deltas in zip(buffers.inputs, buffers.deltas, strict=True)
             ]
-            for start, stop in pairwise(starts)
+            for start in range(first, stop, tile)
         ]
-        self.parts = [
-            [chunk[n : n + TILES_AT_ONCE] for n in range(0, len(chunk), TILES_AT_ONCE)]
-            for chunk in tiles
-        ]
+        self.tiles = [tiles[n : n + TILES_AT_ONCE] for n in range(0, len(tiles), TILES_AT_ONCE)]
+
+
+class _Views:
+    """The first so many rows of buffers."""
+
+    def __init__(self, buffers: _Buffers, rows: int) -> None:
+        dims = buffers.dims
+        self.inputs = [inputs[:rows] for inputs in buffers.inputs]
+        self.deltas = [deltas[:rows] for deltas in buffers.deltas]
         self.before = [
             deltas[:, :width] for deltas, width in zip(self.deltas, dims[1:-1], strict=False)
         ]
@@ -477,12 +478,6 @@ class _Views:
         self.norm_numbers = self.input_norms.numpy()
         self.norm = buffers.factor[:rows]  # which the factor takes the place of
         self.factor, self.factor_numbers = self.norm[:, None], self.norm.numpy()
-
-
-def _rows(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Return so many rows after so many rows as views."""
-    ends = list(accumulate(sizes))
-    return [tensor[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
