@@ -1,11 +1,20 @@
 """The benchmarks run as their pages say, and write what they promise."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from benchmarks.peers.workload import Workload
+from benchmarks.simulation import EPSILON, write_workload
+from benchmarks.simulation_ours import contract_of, dataset_of
+from clients.joining import customers_of
+from simulations.federation import tables_of
+from tests.deployed.stack import OFFLINE
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,3 +48,37 @@ def test_ledger(tmp_path: Path) -> None:
     }  # fmt: skip
     assert figures <= found.keys()
     assert all(found[name] > 0 for name in figures)
+
+
+@pytest.mark.slow
+def test_simulation(tmp_path: Path) -> None:
+    """Our engine, its core and a plain loop on a small workload, in one JSON document."""
+    document = tmp_path / "simulation.json"
+    command = [sys.executable, "-m", "benchmarks.simulation", "--json", str(document)]
+    command += ["--systems", "ours,ours_core_alike,plain,pfl", "--turns", "1"]
+    command += ["--merchants", "6", "--rows", "130", "--rounds", "3", "--cohort", "3"]
+    command += ["--peers", str(tmp_path / "none")]
+    environment = {**os.environ, **OFFLINE}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    figures = {"cpu_ratio_to_plain", "first_round_s", "peak_mib"}
+    assert {*figures, "engine_overhead"} <= found.keys()
+    assert all(found[name] > 0 for name in figures)
+    rows = found["systems"]
+    assert rows.keys() == {"ours", "ours_core_alike", "plain"}
+    assert all(row["cpu_s"]["min"] > 0 and row["peak_mib"]["min"] > 10 for row in rows.values())
+    assert "no virtual environment" in found["left_out"]["pfl"]
+
+
+def test_the_workload_is_what_our_run_trains_on(tmp_path: Path) -> None:
+    """Every merchant of our run trains on exactly the rows that the other simulators get."""
+    write_workload(tmp_path, merchants=3, rows=70, rounds=2, cohort=2)
+    work = Workload(str(tmp_path))
+    contract = contract_of(work, EPSILON)
+    tables = tables_of(dataset_of(work, contract), contract)
+    for merchant in work.cohorts[0]:
+        table = tables[f"m{merchant:04d}"]
+        trained = customers_of(table, contract).part(held_out=False)
+        np.testing.assert_allclose(trained[0], work.x[merchant], rtol=0, atol=1e-7)
+        np.testing.assert_array_equal(trained[1], work.y[merchant])
+        assert 0 < table.held_out.sum() < 10

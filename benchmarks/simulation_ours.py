@@ -1,0 +1,136 @@
+"""Our side of `benchmarks.simulation`: a runner a process, like those in `benchmarks/peers`.
+
+    python -m benchmarks.simulation_ours {engine,core,core-alike} FOLDER
+
+- `engine`: the in-process engine with everything that a run has: Flower's messages, ledgers, the
+  witness, plain sums. A run has no sampling of merchants, so its federation is the workload's
+  first cohort, and these merchants take part in every round.
+- `core`: `clients.local_steps.local_updates` alone, on the cohorts that the workload chooses;
+  each round reads its merchants' memory-mapped rows.
+- `core-alike`: the same on what `engine` trains on: the same merchants, with tables that are made
+  once, so that the difference is what the engine costs.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks.peers.workload import Meter, Workload
+from clients.kernel import Kernel, Table
+from clients.local_steps import Task, local_updates
+from clients.table import is_held_out
+from common.contract import Contract, parse_contract
+from common.network import Network, initial_parameters, network_of
+from common.noise import NoiseSource
+from common.plan import plan_of
+from simulations.datasets import Dataset
+from simulations.federation import assemble
+from simulations.run import run_rounds
+
+_HELD_OUT = 0.04  # customers a merchant keeps for evaluation, beside those it trains on
+
+
+def contract_of(work: Workload, epsilon: float) -> Contract:
+    """Return the contract of the workload; noise is what `epsilon` asks for."""
+    rounds, merchants = work.cohorts.shape
+    segments = len(work.layers[-1][1])
+    return parse_contract(
+        {
+            "federation": {"name": "benchmark", "min_merchants": int(merchants)},
+            "features": [
+                {"name": f"x{n}", "low": -1.0, "high": 1.0} for n in range(work.x.shape[2])
+            ],
+            "segments": {"names": [f"s{n}" for n in range(segments)], "column": "segment"},
+            "model": {"hidden": [len(bias) for _, bias in work.layers[:-1]]},
+            "training": {
+                "mode": "local",
+                "rounds": int(rounds),
+                "spare_rounds": 0,
+                "local_steps": work.steps,
+                "sampling_rate": work.batch / work.rows,
+                "local_learning_rate": work.learning_rate,
+                "optimizer": "sgd",
+                "learning_rate": 1.0,
+                "averaging": 0.0,
+                "held_out": _HELD_OUT,
+            },
+            "privacy": {"epsilon": epsilon, "delta": 1e-5, "clip_norm": work.clip_norm},
+            "aggregation": {"secure": False},
+            "publication": {"evaluate_every": int(rounds), "profiles": False},
+        },
+        source="benchmark",
+    )
+
+
+def dataset_of(work: Workload, contract: Contract) -> Dataset:
+    """Return the first cohort's tables: exactly the workload's rows are trained on."""
+    names, training = np.array(contract.segments.names), contract.training
+    some = [f"c{n}" for n in range(2 * work.rows + 100)]
+    held_out = is_held_out(some, training)
+    kept = [name for name, held in zip(some, held_out, strict=True) if not held][: work.rows]
+    tested = [name for name, held in zip(some, held_out, strict=True) if held]
+    tested = tested[: round(work.rows * _HELD_OUT)]
+    test_x = np.load(work.folder / "test_x.npy")[: len(tested)]
+    test_y = np.load(work.folder / "test_y.npy")[: len(tested)]
+    tables = {}
+    for merchant in work.cohorts[0]:
+        rows = np.concatenate([work.x[merchant], test_x]).astype(float)
+        table = pd.DataFrame(rows, columns=[feature.name for feature in contract.features])
+        table["segment"] = names[np.concatenate([work.y[merchant], test_y])]
+        table["customer"] = table["person"] = kept + tested
+        tables[f"m{merchant:04d}"] = table
+    return Dataset("benchmark", "benchmark", "benchmark", "", "", contract, tables)
+
+
+def layers_of(network: Network, theta: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return weights and bias of each layer."""
+    return [(layer[:, :-1], layer[:, -1]) for layer in network.layers(theta)]
+
+
+def engine(work: Workload, contract: Contract, meter: Meter) -> np.ndarray:
+    """Carry out a run; return the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        federation = assemble(dataset_of(work, contract), contract, place, None)
+        return run_rounds(federation, place, lambda _: meter.mark()).parameters
+
+
+def core(work: Workload, contract: Contract, meter: Meter, *, alike: bool) -> np.ndarray:
+    """Take the same steps without anything around them; return the model."""
+    network, release = network_of(contract), plan_of(contract).update
+    theta, merchants = initial_parameters(contract), work.cohorts.shape[1]
+    kernel = Kernel(network, merchants, "float32")
+
+    def tables_of(cohort: Sequence[int]) -> list[Table]:
+        return [kernel.table(np.asarray(work.x[k]), np.asarray(work.y[k])) for k in cohort]
+
+    tables = tables_of(work.cohorts[0])
+    for cohort in work.cohorts:
+        if not alike:
+            tables = tables_of(cohort)
+        tasks = [Task(table, theta, work.batch, NoiseSource.fresh()) for table in tables]
+        theta = theta + local_updates(kernel, tasks, contract.training, release).mean(axis=0)
+        meter.mark()
+    return theta
+
+
+def main() -> None:
+    """Run what is asked for; print one JSON line."""
+    meter, (what, folder) = Meter(), sys.argv[1:]
+    torch.set_num_threads(1)
+    work = Workload(folder)
+    contract = contract_of(work, float((work.folder / "epsilon").read_text()))
+    if what == "engine":
+        theta = engine(work, contract, meter)
+    else:
+        theta = core(work, contract, meter, alike=what == "core-alike")
+    meter.report(work.accuracy(layers_of(network_of(contract), theta)))
+
+
+if __name__ == "__main__":
+    main()
