@@ -211,7 +211,10 @@ class Ledger:
         if not countersigned:
             return None
         found = Countersignature.from_bytes(countersigned)
-        seen = found.opened_by([self._witness], self._keys)
+        seen = self._known(found)
+        if seen is None:
+            seen = found.opened_by([self._witness], self._keys)
+            self._opened = found, seen
         self._check_held(connection, seen)
         row = connection.execute(
             "SELECT number, seq, at FROM countersignature ORDER BY number DESC LIMIT 1"
@@ -224,13 +227,18 @@ class Ledger:
             )
         return seen.seq
 
+    def _known(self, found: Countersignature) -> Seen | None:
+        """Return what a countersignature says if it is the very one that was verified last."""
+        return self._opened[1] if self._opened and self._opened[0] == found else None
+
     def _kept(self, connection: sqlite3.Connection, since: int = 0) -> Seen | None:
         """Return the last countersignature that is kept, or the first that covers an entry."""
         row = connection.execute(_FIRST if since else _LAST, (since,)).fetchone()
         if row is None:
             return None
         try:
-            seen = Countersignature(*row[:2]).opened_by(
+            found = Countersignature(*row[:2])
+            seen = self._known(found) or found.opened_by(
                 [self._witness, *self._previous], self._keys
             )
         except (WireError, TypeError):
@@ -539,6 +547,7 @@ class Ledger:
 
     def _forget(self) -> None:
         self._stored: list[Entry] = []
+        self._opened: tuple[Countersignature, Seen] | None = None  # by the witness's key of today
         self._seq, self._link = 0, NO_LINK
         self._keys: tuple[bytes, ...] = ()  # that signed, oldest first; the last one signs
         self._account = Account(self.budget)
@@ -598,9 +607,10 @@ class Ledger:
         entry = self._stored[-1]
         known = entry.seq if since is None else min(since, entry.seq)
         digests = [hashlib.sha256(later.body).digest() for later in self._stored[known:]]
-        # signed anew: the same bytes, unless the last entry is a `rekey`, which the old key signed
-        message = signed_head(self._identity.public, entry.seq, entry.link)
-        signature = self._identity.sign(message)
+        signature = entry.signature
+        if entry.seq > 1 and named_key(entry) is not None:  # a `rekey`, which the old key signed
+            message = signed_head(self._identity.public, entry.seq, entry.link)
+            signature = self._identity.sign(message)
         return Head(entry.seq, entry.link, signature, known, tuple(digests))
 
     def _connect(self) -> sqlite3.Connection:

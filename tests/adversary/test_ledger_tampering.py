@@ -392,6 +392,22 @@ class TestBackups:
             ledger.close()
         assert lengths
 
+    @pytest.mark.parametrize("column", ["body", "signature"])
+    def test_a_countersignature_changed_while_in_use(self, tmp_path: Path, column: str) -> None:
+        """That the original was verified before vouches for nothing else at its place."""
+        shop = Shop(tmp_path)
+        shop.reserve()
+        shop.release(1)
+        shop.ledger.accept(shop.latest)  # verified, and kept
+        with behind_its_back(shop.path) as file:
+            (kept,) = file.execute(
+                f"SELECT {column} FROM countersignature ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+            changed = bytes([kept[0], kept[1] ^ 1, *kept[2:]])
+            file.execute(f"UPDATE countersignature SET {column} = ?", (changed,))
+        with pytest.raises(LedgerError, match="countersignature that was changed"):
+            shop.ledger.release(occasion(2), charge(), MODEL)
+
     def test_replaced_while_in_use(self, tmp_path: Path) -> None:
         """A running process sees that the file is another one, and releases nothing."""
         shop = filled(tmp_path)
