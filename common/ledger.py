@@ -142,6 +142,7 @@ class Ledger:
         self._lock = threading.RLock()  # one thread at a time; SQLite's lock is for processes
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
+        self._opened: tuple[Countersignature, Seen] | None = None  # by the witness's key of today
         self._forget()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -547,7 +548,7 @@ class Ledger:
 
     def _forget(self) -> None:
         self._stored: list[Entry] = []
-        self._opened: tuple[Countersignature, Seen] | None = None  # by the witness's key of today
+        self._opened = None
         self._seq, self._link = 0, NO_LINK
         self._keys: tuple[bytes, ...] = ()  # that signed, oldest first; the last one signs
         self._account = Account(self.budget)
