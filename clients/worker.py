@@ -151,7 +151,8 @@ class Worker:
         self._repeatable = noise_for is not os_noise
         self._members_version = members_version
         self._tables: dict[object, Table] = {}  # form -> the customers that are trained on
-        self._plain: tuple[str, SumAnswer] | None = None  # the last answer in a plain sum
+        # the last in a plain sum: what it was for, the request's fingerprint, the answer
+        self._plain: tuple[Occasion, str, SumAnswer] | None = None
         self._plan = plan_of(contract)
         self._charges = self._plan.charges(contract.exposed_contributors)
         self._network = network_of(contract)
@@ -285,9 +286,7 @@ class Worker:
             release = self._checked(request)
             prepared = self._party.prepare(request) if secure else None
             head = self.ledger.release(
-                Occasion(
-                    request.run, request.stage, request.round, request.attempt, request.contract
-                ),
+                _occasion(request),
                 Charge(
                     release.stage,
                     release.event,
@@ -339,7 +338,7 @@ class Worker:
         request, prepared = charged.request, charged.prepared
         if prepared is None:
             answer = SumAnswer(self.merchant, "", False, b"", charged.head, vector)
-            self._plain = fingerprint(request), answer
+            self._plain = _occasion(request), fingerprint(request), answer
             return answer
         return self._sent(self._party.mask(request, prepared, vector, charged.head))
 
@@ -353,8 +352,8 @@ class Worker:
         if self.contract.aggregation.secure:
             masked = self._party.masked(request)
             return None if masked is None else self._sent(masked)
-        if self._plain is not None and self._plain[0] == fingerprint(request):
-            return self._plain[1]
+        if self._plain is not None and self._plain[0] == _occasion(request):
+            return self._plain[2] if self._plain[1] == fingerprint(request) else None
         return None
 
     def _sent(self, masked: Masked) -> SumAnswer:
@@ -449,6 +448,10 @@ class Worker:
             theta = theta - training.local_learning_rate * (gradient / batch + pull)
             theta = np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER)
         return theta - start
+
+
+def _occasion(request: SumRequest) -> Occasion:
+    return Occasion(request.run, request.stage, request.round, request.attempt, request.contract)
 
 
 def _told(refusal: HansaError) -> str:

@@ -205,7 +205,8 @@ def fingerprint(message: WireMessage) -> str:
         else:
             parts = [value if isinstance(value, bytes) else repr(value).encode()]
         for part in (name.encode(), len(parts).to_bytes(4, "big"), *parts):
-            digest.update(len(part).to_bytes(8, "big") + part)
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -213,7 +214,7 @@ def _config(content: RecordDict, expected: str) -> dict[str, Any]:
     record = content.get(_CONFIG)
     if not isinstance(record, ConfigRecord):
         raise WireError(f"field '{_CONFIG}': the message has no such record; is the sender Hansa?")
-    config = dict(record)
+    config = dict(record.items())
     if config.get("protocol") != PROTOCOL:
         raise WireError(
             f"field 'protocol': this side speaks version {PROTOCOL}, the message has another; "
