@@ -96,19 +96,31 @@ class RunAccount:
     survivors: dict[tuple[str, int, int], int] = field(default_factory=dict)
     settled: bool = False
     expired: bool = False  # older than the refresh period: counts in the lifetime only
+    # what `released` adds up to, alike events merged: towards who sees sums, towards the server
+    total: tuple[tuple[Event, ...], tuple[Event, ...]] = ((), ())
 
     def take(self, kind: str, entry: Mapping[str, Any]) -> set[str]:
         """Take an entry of the run into account; return the step that it took, if any."""
         if kind == "join":
             return {f"{entry['roster']}/0"}
         if kind == "release":
-            self.released[_what(entry)] = Charge.from_document(entry)
+            self._take_release(_what(entry), Charge.from_document(entry))
             return {entry["step"]} - {""}
         if kind == "sum":
             self.survivors[_what(entry)] = int(entry["survivors"])
         self.settled |= kind == "settle"
         self.expired |= kind == "expire"
         return set()
+
+    def _take_release(self, what: tuple[str, int, int], charge: Charge) -> None:
+        again = what in self.released
+        self.released[what] = charge
+        new = self.released.values() if again else (charge,)
+        sums, towards_server = ((), ()) if again else self.total
+        self.total = (
+            merged([*sums, *(one.event for one in new)]),
+            merged([*towards_server, *(one.towards_server for one in new)]),
+        )
 
     @property
     def finished(self) -> bool:
@@ -234,12 +246,16 @@ class Account:
             return "needs a reservation, and this merchant made none for this run"
         if account.settled or account.expired:
             return "comes too late: this run is closed in the merchant's ledger"
-        taken = [*account.released.values(), charge]
-        events = [c.event for c in account.reserved], [c.event for c in taken]
-        towards = [c.towards_server for c in account.reserved], [c.towards_server for c in taken]
+        sums, towards_server = account.total
+        events = [c.event for c in account.reserved], [*sums, charge.event]
+        towards = (
+            [c.towards_server for c in account.reserved],
+            [*towards_server, charge.towards_server],
+        )
         if not (covers(*events) and covers(*towards)):
             return "would pass what this run reserved"
         if occasion.stage in dict(self.budget.purposes):
+            taken = [*account.released.values(), charge]
             planned, wanted = (
                 [c.event for c in charges if c.stage == occasion.stage]
                 for charges in (account.reserved, taken)

@@ -336,6 +336,41 @@ class TestWorthNoting:
         return {"kind": "refuse", "at": 0.0, "run": run, **what, "reason": "no"}
 
 
+SOME_EVENTS = st.sampled_from(
+    [
+        GaussianSum(20.0, 1.0),
+        GaussianSum(20, 1, 3),
+        GaussianSum(30.0, 2.0),
+        PoissonGaussianSum(1.0, 1.0, 0.1, 8),
+        PoissonGaussianSum(1.0, 1.0, 0.2, 8),
+    ]
+)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.builds(charge_of, SOME_EVENTS, SOME_EVENTS))),
+    st.builds(charge_of, SOME_EVENTS, SOME_EVENTS),
+)
+def test_a_release_is_weighed_with_every_one_before_it(
+    taken: list[tuple[int, Charge]], new: Charge
+) -> None:
+    """As if all that a run released were added up anew; an occasion counts with its last entry."""
+    planned = [
+        charge_of(GaussianSum(20.0, 1.0, 6)),
+        charge_of(PoissonGaussianSum(1.0, 1.0, 0.1, 24)),
+    ]
+    account = folded(
+        reservation("run", *planned), *(released("run", number, cost) for number, cost in taken)
+    )
+    last = dict(taken)
+    all_of_them = [*last.values(), new]
+    may = [one.event for one in planned]
+    fits = covers(may, [one.event for one in all_of_them]) and covers(
+        may, [one.towards_server for one in all_of_them]
+    )
+    assert (account.refusal_of_release(occasion(99), new) == "") == fits
+
+
 def test_run_account_of_an_unknown_kind() -> None:
     """An entry that holds nothing of a run's account changes nothing but its age."""
     account = RunAccount(CONTRACT, (LARGE,), ("profile", 9), 2, 0.0)
