@@ -4,7 +4,8 @@ Run configuration: `contract` (path of the contract file) or `federation` (a fol
 `contract.toml`), `out` (folder of the bundle; default `bundle` beside the contract) and `server`
 (the coordinator's own folder; default `server` beside the contract). The list of enrolled
 members, `members.toml`, lies beside the contract. Nothing in either can change what a merchant
-spends, or whom it is summed with.
+spends, or whom it is summed with. A simulation that made its merchants sets `durable` to false:
+then neither they nor the coordinator wait for the disk.
 
 A deployed run has `store` (URL of the run store), `run` (its name) and `wait` (seconds to wait
 for merchants) too: it is checkpointed, and a second process with the same name takes it up.
@@ -68,7 +69,8 @@ def create_app(
         if context.run_config.get("store"):
             _deployed(grid, context, places, on_round, on_outcome)
         else:
-            _simulated(grid, places, on_round, on_outcome)
+            durable = bool(context.run_config.get("durable", True))
+            _simulated(grid, places, on_round, on_outcome, durable=durable)
 
     return server_app
 
@@ -80,11 +82,16 @@ class _Places(NamedTuple):
 
 
 def _simulated(
-    grid: Grid, places: _Places, on_round: Callable[[RoundReport], None], on_outcome: OnOutcome
+    grid: Grid,
+    places: _Places,
+    on_round: Callable[[RoundReport], None],
+    on_outcome: OnOutcome,
+    *,
+    durable: bool,
 ) -> None:
     contract = read_contract(places.contract)
     members = read_members(places.contract.parent / "members.toml")
-    archive = open_archive(places.own)
+    archive = open_archive(places.own, durable=durable)
     outcome = Coordinator(grid, contract, on_round, members, archive).run()
     on_outcome(outcome, contract, places.out, archive)
 

@@ -39,10 +39,11 @@ class RunRecord:
     Args:
         folder: Of the run; made here.
         goes_on: The run was begun by an earlier process.
+        durable: What is flushed is on the disk.
     """
 
-    def __init__(self, folder: Path, *, goes_on: bool = False) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, goes_on: bool = False, durable: bool = True) -> None:
+        self._folder, self._durable = folder, durable
         self.pending: list[str] = []
         try:
             folder.mkdir(parents=True, mode=0o700, exist_ok=goes_on)
@@ -111,7 +112,7 @@ class RunRecord:
         self.pending = [line for line in lines if line not in there]
 
     def flush(self) -> None:
-        """Write down what was noted; it is on the disk when this returns.
+        """Write down what was noted; if the record is durable, it is on the disk afterwards.
 
         Raises:
             ArchiveError: It cannot be written.
@@ -122,7 +123,8 @@ class RunRecord:
             with (self._folder / "run.jsonl").open("a", encoding="ascii") as file:
                 file.write("".join(line + "\n" for line in self.pending))
                 file.flush()
-                os.fsync(file.fileno())
+                if self._durable:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise ArchiveError(f"{self._folder}: the run cannot be recorded ({error})") from None
         self.pending = []
@@ -135,10 +137,11 @@ class Archive:
     folder: Path
     identity: Identity
     witness: Witness
+    durable: bool = True
 
     def record(self, run: str, *, goes_on: bool = False) -> RunRecord:
         """Return the record of a run, new unless an earlier process began it."""
-        return RunRecord(self.folder / "runs" / run, goes_on=goes_on)
+        return RunRecord(self.folder / "runs" / run, goes_on=goes_on, durable=self.durable)
 
     def keep_bundle(self, run: str, bundle: Path) -> None:
         """Keep a copy of what a run published.
@@ -176,12 +179,18 @@ def make_archive(folder: Path) -> Identity:
     return identity
 
 
-def open_archive(folder: Path) -> Archive:
+def open_archive(folder: Path, *, durable: bool = True) -> Archive:
     """Open a coordinator's folder.
+
+    Args:
+        folder: The coordinator's own.
+        durable: Nothing is acted upon before it is on the disk. False for a simulation whose
+            merchants exist in it alone.
 
     Raises:
         IdentityError: Its key is missing or cannot be used.
         ArchiveError: The witness's record cannot be used.
     """
     identity = read_identity(COORDINATOR, folder / "identity.key")
-    return Archive(folder, identity, Witness(folder / "witness.sqlite", identity))
+    witness = Witness(folder / "witness.sqlite", identity, durable=durable)
+    return Archive(folder, identity, witness, durable)

@@ -67,14 +67,22 @@ class Witness:
         path: The file; made when it is not there.
         identity: Countersigns; merchants pin its public key.
         now: Seconds since 1970.
+        durable: What was seen is on the disk before it is countersigned. False where a simulation
+            made the merchants, too: then a loss of power may lose what lost nothing.
 
     Raises:
         ArchiveError: The file cannot be used.
     """
 
     def __init__(
-        self, path: Path, identity: Identity, now: Callable[[], float] = time.time
+        self,
+        path: Path,
+        identity: Identity,
+        now: Callable[[], float] = time.time,
+        *,
+        durable: bool = True,
     ) -> None:
+        self._synchronous = "FULL" if durable else "OFF"
         self._path = path
         self._identity = identity
         self._now = now
@@ -303,7 +311,7 @@ class Witness:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(self._path, isolation_level=None)) as connection:
-                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA synchronous = {self._synchronous}")
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 if connection.in_transaction:

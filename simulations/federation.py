@@ -43,6 +43,7 @@ class Federation:
     seed: int | None
     notes: tuple[str, ...]
     server: Path  # the coordinator's own folder
+    durable: bool = True  # false where the merchants exist in this simulation alone
 
 
 def tables_of(dataset: Dataset, contract: Contract) -> dict[str, CustomerTable]:
@@ -111,7 +112,8 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
         for merchant, table in tables.items()
     )
     notes = (dataset.provenance,)
-    return Federation(dataset.name, contract, members, enrolled, seed, notes, folder / "server")
+    server = folder / "server"
+    return Federation(dataset.name, contract, members, enrolled, seed, notes, server, durable=False)
 
 
 def open_federation(folder: Path) -> Federation:

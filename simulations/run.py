@@ -211,6 +211,7 @@ def run_rounds(
                 "contract": str(out / "contract.toml"),
                 "out": str(out / "bundle"),
                 "server": str(federation.server),
+                "durable": federation.durable,
             },
             fault,
             together,

@@ -278,3 +278,17 @@ class TestRecord:
         """A folder that is not there is an error."""
         with pytest.raises(RunError):
             Witness(tmp_path / "nowhere" / "witness.sqlite", COORDINATOR)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_it_remembers_whether_or_not_it_waits_for_the_disk(shop: Shop, durable: bool) -> None:
+    """What it saw is there when it is opened again; a fork of the ledger is refused."""
+    path = shop.folder / "witness.sqlite"
+    shop.witness = Witness(path, COORDINATOR, shop.witness_clock, durable=durable)
+    copy = shop.copy("copy.sqlite")
+    assert shop.refusal(release(shop, 1)) == ""
+    again = Witness(path, COORDINATOR, shop.witness_clock)
+    assert again.log() == shop.witness.log()
+    assert again.latest(shop.key) == shop.latest
+    fork = shop.opened(copy).release(occasion(3), charge(), MODEL)
+    assert FORK in shop.refusal(fork)

@@ -60,6 +60,14 @@ def test_a_folder_gives_the_same_tables(dataset: Dataset, folder: Path) -> None:
         assert (member.table.labels == table.labels).all()
 
 
+def test_what_a_simulation_made_waits_for_no_disk(
+    dataset: Dataset, folder: Path, tmp_path: Path
+) -> None:
+    """Merchants of a folder have budgets to lose: with them the coordinator waits as well."""
+    assert open_federation(folder).durable
+    assert not assemble(dataset, dataset.contract, tmp_path / "a", None).durable
+
+
 def test_a_seed_in_any_merchants_file_marks_the_federation(folder: Path) -> None:
     """One repeatable merchant is enough."""
     assert open_federation(folder).seed is None
