@@ -58,9 +58,13 @@ def local_updates(
     unit = lattice_step(release.event.sensitivity, release.steps)
     scales = np.array([[training.local_learning_rate * unit / task.batch] for task in tasks])
     theta = start.copy()
+    sampling = [task.noise.spawn() for task in tasks]
     noise = [iter(_noise_rows(kernel, task, training.local_steps, release)) for task in tasks]
     for _ in range(training.local_steps):
-        chosen = [task.noise.sampled(len(task.table), training.sampling_rate) for task in tasks]
+        chosen = [
+            stream.sampled(len(table), training.sampling_rate)
+            for stream, table in zip(sampling, tables, strict=True)
+        ]
         sums = kernel.sums(theta, tables, chosen, release.event.sensitivity)
         for own, drawn in zip(sums, noise, strict=True):
             make_noisy(own, release, next(drawn))
