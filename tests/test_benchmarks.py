@@ -39,3 +39,23 @@ def test_ledger(tmp_path: Path) -> None:
     }  # fmt: skip
     assert figures <= found.keys()
     assert all(found[name] > 0 for name in figures)
+
+
+@pytest.mark.slow
+def test_dp_step(tmp_path: Path) -> None:
+    """Beside plain SGD and every mode of Opacus, in one JSON document."""
+    document = tmp_path / "dp_step.json"
+    command = [sys.executable, "-m", "benchmarks.dp_step", "--quick", "--turns", "2"]
+    command += ["--opacus-turns", "1", "--json", str(document)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    figures = {
+        "worst_ratio_to_plain_sgd", "median_ratio_to_plain_sgd",
+        "worst_speedup_over_opacus", "median_speedup_over_opacus",
+    }  # fmt: skip
+    assert figures <= found.keys()
+    assert all(found[name] > 0 for name in figures)
+    (row,) = found["settings"]
+    assert set(row["microseconds"]) == {
+        "plain", "ours", "noise", "opacus_hooks", "opacus_functorch", "opacus_ghost",
+    }  # fmt: skip
