@@ -101,9 +101,9 @@ class DyingGrid(InProcessGrid):
         here = self.deployment.here
         return [node for node in self.contexts if here is None or node - FIRST_NODE in here]
 
-    def _deliver(self, node: int, raw: bytes) -> Message:
-        reply = super()._deliver(node, raw)
-        self.clock.tick(f"after {node} answered")
+    def _reply(self, message: Message, answer: Callable[[], Message]) -> Message:
+        reply = super()._reply(message, answer)
+        self.clock.tick(f"after {message.metadata.dst_node_id} answered")
         return reply
 
 
