@@ -82,8 +82,10 @@ def drawn(exact: np.ndarray, how: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
 
 def releases(faulty: Callable[..., np.ndarray]) -> Any:
     """Add noise with another function, to sums and to a merchant's own steps."""
+    rounds: dict[int, tuple[Any, NoiseSource]] = {}  # noise drawn at once -> a stream for it
 
-    def in_place(values: np.ndarray, release: Any, noise: NoiseSource) -> None:
+    def in_place(values: np.ndarray, release: Any, drawn: np.ndarray) -> None:
+        _, noise = rounds.setdefault(id(drawn.base), (drawn.base, NoiseSource.fresh()))
         values[:] = faulty(
             values.copy(),
             sensitivity=release.event.sensitivity,

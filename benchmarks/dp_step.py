@@ -32,7 +32,7 @@ from torch import nn
 
 from clients.kernel import Kernel
 from clients.local_steps import Task, local_updates
-from clients.release import noisy_sum
+from clients.release import make_noisy, noise_of_steps
 from common.contract import Training
 from common.events import PoissonGaussianSum
 from common.fixed_point import float32_error, local_steps
@@ -133,35 +133,38 @@ class Setting:
 
     def ours(self) -> Step:
         """`clients.local_steps`, as many steps a call as are timed together."""
-        network = Network(self.dims)
-        kernel = Kernel(network, 1, "float32")
+        kernel = Kernel(Network(self.dims), 1, "float32")
         training = Training(
             mode="local",
             local_steps=_STEPS,
             sampling_rate=RATE,
             local_learning_rate=LEARNING_RATE,
         )
-        event = PoissonGaussianSum(SIGMA, CLIP_NORM, RATE, _STEPS)
-        error = float32_error(self.dims)
-        release = Release(UPDATE, event, network.size, 1, local_steps(SIGMA), error)
-        start = np.random.default_rng(1).normal(size=network.size) * 0.1
+        release = self._release()
+        start = np.random.default_rng(1).normal(size=release.length) * 0.1
         task = Task(kernel.table(self.x, self.y), start, self.batch, NoiseSource.fresh())
         return lambda: void(local_updates(kernel, [task], training, release))
 
+    def _release(self) -> Release:
+        event = PoissonGaussianSum(SIGMA, CLIP_NORM, RATE, _STEPS)
+        error, length = float32_error(self.dims), Network(self.dims).size
+        return Release(UPDATE, event, length, 1, local_steps(SIGMA), error)
+
     def noise(self) -> Step:
-        """Rounding and the cryptographic noise alone, of as many numbers as the kernel has."""
-        numbers = np.zeros(Kernel(Network(self.dims), 1, "float32").size)
-        stream = NoiseSource.fresh()
-        return lambda: void(
-            noisy_sum(
-                numbers,
-                sensitivity=CLIP_NORM,
-                noise_multiplier=SIGMA,
-                contributors=1,
-                noise=stream,
-                steps=local_steps(SIGMA),
-            )
-        )
+        """Rounding and the cryptographic noise alone, of as many steps as are timed together."""
+        size = Kernel(Network(self.dims), 1, "float32").size
+        numbers, stream, release = np.zeros(size), NoiseSource.fresh(), self._release()
+
+        def steps() -> None:
+            left = _STEPS
+            while left:
+                rows = noise_of_steps(release, size, left, stream)
+                left -= len(rows)
+                for row in rows:
+                    make_noisy(numbers, release, row)
+                    numbers.fill(0.0)
+
+        return steps
 
 
 def void(_: object) -> None:
@@ -182,7 +185,7 @@ def measure(dims: tuple[int, ...], batch: int, turns: int, opacus_turns: int) ->
     steps = {
         "plain": (setting.plain(), _STEPS, turns),
         "ours": (setting.ours(), 1, turns),
-        "noise": (setting.noise(), _STEPS, turns),
+        "noise": (setting.noise(), 1, turns),
         "opacus_hooks": (setting.opacus("hooks"), _STEPS // 4, opacus_turns),
         "opacus_functorch": (setting.opacus("functorch"), _STEPS // 4, opacus_turns),
         "opacus_ghost": (setting.ghost(), _STEPS // 4, opacus_turns),
@@ -193,7 +196,7 @@ def measure(dims: tuple[int, ...], batch: int, turns: int, opacus_turns: int) ->
     for turn in range(max(turns, opacus_turns)):
         for name, (step, times, most) in steps.items():
             if turn < most:
-                taken = timed(step, times) / (_STEPS if name == "ours" else times)
+                taken = timed(step, times) / (_STEPS if name in {"ours", "noise"} else times)
                 found[name].append(taken * 1e6)
     medians = {name: statistics.median(values) for name, values in found.items()}
     fastest = min(medians[name] for name in medians if name.startswith("opacus"))

@@ -8,19 +8,22 @@ closed, and whether rows and lines can be told one from the other.
 import codecs
 import csv
 import io
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from clients.rows import Source, Wanted, choose, refuse_empty, refuse_wide
+from clients.rows import Source, Wanted, choose, numbered_batches, refuse_empty, refuse_wide
 from common.errors import DataError
 
 MAX_HEADER_BYTES = 1 << 20
 _SCANNED_BYTES = 1 << 20
 _PARSED_BYTES = 1 << 24
+_STREAMED_BYTES = 1 << 22  # Arrow reads up to 32 such blocks ahead
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,42 @@ def read_csv(path: Path, wanted: Wanted) -> Source:
     Raises:
         DataError: The file is empty, is not UTF-8, is ragged, or lacks a column.
     """
+    chosen, scan = _checked(path, wanted)
+    with _told(path, chosen, scan):
+        table = pa_csv.read_csv(path, **_options(chosen, [], _PARSED_BYTES))
+    refuse_empty(table.num_rows, path.name)
+    columns = {name: table[name] for name in chosen}
+    return Source(path.name, columns, table.num_rows, lambda: _are_lines(scan, table.num_rows))
+
+
+def csv_batches(path: Path, wanted: Wanted) -> Generator[Source, None, None]:
+    """Read the wanted columns of a CSV file like `read_csv`, a batch of rows at a time.
+
+    Raises:
+        DataError: As `read_csv`, about a row when its batch is read; or a row is longer than
+            4 MiB.
+    """
+    chosen, scan = _checked(path, wanted)
+
+    def lines() -> bool:
+        try:
+            return _are_lines(scan, sum(len(table) for table in _tables(path, chosen[:1], scan)))
+        except DataError:  # a ragged row further down: nobody can tell
+            return False
+
+    yield from numbered_batches(path.name, _tables(path, chosen, scan), lines)
+
+
+def _checked(path: Path, wanted: Wanted) -> tuple[list[str], _Scan]:
     header = _header(path)
     refuse_wide(header, path.name)
     scan = _scan(path)
-    chosen = choose(header, wanted, path.name)
-    table = _parse(path, chosen, scan)
-    refuse_empty(table.num_rows, path.name)
-    columns = {name: table[name] for name in chosen}
-    # Blank lines and line breaks in cells only ever add lines, so this equality is exact.
-    return Source(path.name, columns, table.num_rows, lines=scan.lines == table.num_rows + 1)
+    return choose(header, wanted, path.name), scan
+
+
+def _are_lines(scan: _Scan, rows: int) -> bool:
+    """Tell whether every row is one line: blank lines and breaks in cells only ever add lines."""
+    return scan.lines == rows + 1
 
 
 def _header(path: Path) -> list[str]:
@@ -101,43 +131,61 @@ def _refuse_encoding(path: Path, offset: int, line: int) -> NoReturn:
     ) from None
 
 
-def _parse(path: Path, chosen: list[str], scan: _Scan) -> pa.Table:
+def _tables(path: Path, chosen: list[str], scan: _Scan) -> Iterator[pa.Table]:
+    with _told(path, chosen, scan), pa_csv.open_csv(path, **_options(chosen, [])) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _told(path: Path, chosen: list[str], scan: _Scan) -> Iterator[None]:
+    """Say which row a parser fails at."""
     try:
-        return _parsed(path, chosen, [], threads=True)
+        yield
     except pa.ArrowInvalid:
-        ragged: list[pa_csv.InvalidRow] = []
+        _refuse_ragged(path, chosen, scan)
+
+
+def _refuse_ragged(path: Path, chosen: list[str], scan: _Scan) -> NoReturn:
+    ragged: list[pa_csv.InvalidRow] = []
     try:
         # Only a single thread knows the number of the row.
-        return _parsed(path, chosen, ragged, threads=False)
+        with pa_csv.open_csv(path, **_options(chosen, ragged, threads=False)) as reader:
+            for _ in reader:
+                pass
     except pa.ArrowInvalid:
-        if not ragged:
-            refuse_empty(scan.lines - 1, path.name)
-            raise DataError(
-                f"{path.name}: this is not a comma-separated table; check its quotation marks"
-            ) from None
-        broken = ragged[0]
-        line = f" (line {broken.number})" if scan.plain else ""
+        pass
+    if not ragged:
+        refuse_empty(scan.lines - 1, path.name)
         raise DataError(
-            f"{path.name}: row {broken.number - 1}{line} has {broken.actual_columns} cells, "
-            f"expected {broken.expected_columns} as in the line of column names"
+            f"{path.name}: this is not a comma-separated table; check its quotation marks"
         ) from None
+    broken = ragged[0]
+    line = f" (line {broken.number})" if scan.plain else ""
+    raise DataError(
+        f"{path.name}: row {broken.number - 1}{line} has {broken.actual_columns} cells, "
+        f"expected {broken.expected_columns} as in the line of column names"
+    ) from None
 
 
-def _parsed(
-    path: Path, chosen: list[str], ragged: list[pa_csv.InvalidRow], *, threads: bool
-) -> pa.Table:
+def _options(
+    chosen: list[str],
+    ragged: list[pa_csv.InvalidRow],
+    block: int = _STREAMED_BYTES,
+    *,
+    threads: bool = True,
+) -> dict[str, Any]:
     def note(row: pa_csv.InvalidRow) -> str:
         ragged.append(row)
         return "error"
 
-    return pa_csv.read_csv(
-        path,
-        read_options=pa_csv.ReadOptions(use_threads=threads, block_size=_PARSED_BYTES),
-        parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
-        convert_options=pa_csv.ConvertOptions(
+    return {
+        "read_options": pa_csv.ReadOptions(use_threads=threads, block_size=block),
+        "parse_options": pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+        "convert_options": pa_csv.ConvertOptions(
             include_columns=chosen,
             column_types={name: pa.string() for name in chosen},
             null_values=[""],
             strings_can_be_null=True,
         ),
-    )
+    }

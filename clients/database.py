@@ -4,7 +4,8 @@ Messages name the kind of database only: a URL holds a password, and a driver's 
 repeat a cell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from clients.merchant import Data
-from clients.rows import Source, Wanted, arrow_column, choose, refuse_empty
+from clients.rows import Source, Wanted, arrow_column, choose, numbered_batches, refuse_empty
 from common.errors import DataError
 
 _FETCHED_ROWS = 50_000
@@ -28,6 +29,29 @@ def read_query(data: Data, wanted: Wanted) -> Source:
     Raises:
         DataError: The database or the query fails, or lacks a column.
     """
+    with _connected(data) as (connection, name):
+        parts = list(_fetch(connection, data.query or "", name, wanted))
+    rows = sum(part.num_rows for part in parts)
+    refuse_empty(rows, name)
+    names = parts[0].column_names
+    return Source(
+        name, {column: _joined([part[column] for part in parts]) for column in names}, rows
+    )
+
+
+def query_batches(data: Data, wanted: Wanted) -> Generator[Source, None, None]:
+    """Run the query like `read_query`, and give a batch of rows at a time.
+
+    Raises:
+        DataError: As `read_query`.
+    """
+    with _connected(data) as (connection, name):
+        yield from numbered_batches(name, _fetch(connection, data.query or "", name, wanted))
+
+
+@contextmanager
+def _connected(data: Data) -> Iterator[tuple[Connection, str]]:
+    """Open the database; say how messages call the query."""
     url = make_url(data.url.get_secret_value() if data.url is not None else "")
     name = f"the query of the {url.get_backend_name()} database"
     _refuse_missing_database(url)
@@ -40,7 +64,7 @@ def read_query(data: Data, wanted: Wanted) -> Source:
         ) from None
     try:
         with engine.connect() as connection:
-            return _fetch(connection, data.query or "", name, wanted)
+            yield connection, name
     except SQLAlchemyError as error:
         raise DataError(
             f"{name}: it failed ({type(error).__name__}); run the `query` under [data] in a "
@@ -59,7 +83,7 @@ def _refuse_missing_database(url: URL) -> None:
         raise DataError(f"{file}: there is no such database file; correct `url` under [data]")
 
 
-def _fetch(connection: Connection, query: str, name: str, wanted: Wanted) -> Source:
+def _fetch(connection: Connection, query: str, name: str, wanted: Wanted) -> Iterator[pa.Table]:
     # no_parameters: a `%` or `:name` in the merchant's query is not ours to replace.
     options = {"no_parameters": True, "stream_results": True}
     result = connection.exec_driver_sql(query, execution_options=options)
@@ -68,14 +92,9 @@ def _fetch(connection: Connection, query: str, name: str, wanted: Wanted) -> Sou
     header = list(result.keys())
     chosen = choose(header, wanted, name)
     places = [header.index(column) for column in chosen]
-    chunks: list[list[pa.ChunkedArray]] = [[] for _ in chosen]
-    rows = 0
     for part in result.partitions(_FETCHED_ROWS):
-        rows += len(part)
-        for chunk, place in zip(chunks, places, strict=True):
-            chunk.append(arrow_column(pd.Series([row[place] for row in part], dtype=object)))
-    refuse_empty(rows, name)
-    return Source(name, dict(zip(chosen, map(_joined, chunks), strict=True)), rows)
+        cells = [arrow_column(pd.Series([row[at] for row in part], dtype=object)) for at in places]
+        yield pa.table(cells, names=chosen)
 
 
 def _joined(chunks: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:

@@ -140,7 +140,11 @@ def pin_members(update: Update) -> Enrolment:
         IdentityError: It cannot be written; the pinned one stays.
     """
     folder = update.folder
-    enrolment = replace(update.enrolment, members_version=update.listed.version)
+    enrolment = replace(
+        update.enrolment,
+        members_version=update.listed.version,
+        operator=update.listed.witness.hex(),
+    )
     pin(
         {
             folder / "members.toml": members_toml(update.listed.pinned()).encode(),
@@ -240,7 +244,7 @@ def _update(folder: Path, enrolment: Enrolment, answer: dict[str, Any]) -> Updat
     pem, later = answer.get("ca_pem"), answer.get("next_ca_pem")
     if not isinstance(pem, str) or not isinstance(later, str):
         raise EnrolmentError("the operator's answer names no certificate authority")
-    if not signed(key, authority_statement(pem, later), answer.get("ca_signature")):
+    if not signed(listed.witness, authority_statement(pem, later), answer.get("ca_signature")):
         raise EnrolmentError("the operator whose key was pinned did not sign its authority")
     check_pem(pem + later)
     if pem + later != enrolment.ca_pem:

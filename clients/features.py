@@ -29,14 +29,24 @@ def encode(table: CustomerTable, contract: Contract) -> Float[np.ndarray, "R F"]
 
     Guarantee: every entry is finite and in [-1, 1], and row r depends on customer r alone.
     """
-    encoded = np.empty((len(table.values), contract.inputs), dtype=np.float64)
+    return encode_values(table.values, contract)
+
+
+def encode_values(values: pd.DataFrame, contract: Contract) -> Float[np.ndarray, "R F"]:
+    """Encode customers by their values alone, as `encode` does.
+
+    Args:
+        values: The contract's features in natural units (`clients.table.CustomerTable`).
+        contract: Order, bounds and kinds of the features.
+    """
+    encoded = np.empty((len(values), contract.inputs), dtype=np.float64)
     start = 0
     for feature in contract.features:
         block = encoded[:, start : start + feature.width]
         if feature.kind == "category":
-            _fill_category(block, feature, table.values[feature.name])
+            _fill_category(block, feature, values[feature.name])
         else:
-            _fill_value(block, feature, table.values[feature.name])
+            _fill_value(block, feature, values[feature.name])
         start += feature.width
     return encoded
 

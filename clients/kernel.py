@@ -40,7 +40,6 @@ _ALIGNED = (16, 64)  # bytes that rows are filled up to: what does here, and a c
 _VECTOR = 32  # bytes
 _GRAIN = 32  # rows; products have multiples of it
 _CACHE = 2**20  # bytes of the numbers that one pass works on
-_TRIALS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,19 +383,19 @@ class Kernel:
         with nearly any numbers.
         """
         generator = np.random.default_rng(0)
-        features = self.network.dims[0]
+        features, sizes = self.network.dims[0], range(_GRAIN, self._most + 1, _GRAIN)
         inputs, labels = self._buffers.input_rows[:, :features], self._buffers.label_rows
-        for trial in range(_TRIALS):
-            theta = generator.normal(size=self.network.size) * 3.0**trial
+        for scale in (1.0, 3.0):
+            theta = generator.normal(size=self.network.size) * scale
             packed = torch.from_numpy(self.pack(theta[None]))
             self._weights.copy_(packed.expand(self.models, -1))
             row = generator.uniform(-1, 1, features)
             inputs[:], labels[:] = row, generator.integers(self.network.dims[-1])
             everywhere = self._numbers(self._most)
-            if not (everywhere == everywhere[0]).all():
+            if not all((self._numbers(size) == everywhere[0]).all() for size in sizes):
                 return False
             company = generator.uniform(-1, 1, inputs.shape)
-            for size in range(_GRAIN, self._most + 1, _GRAIN):
+            for size in sizes:
                 inputs[:] = company
                 places = [size - _GRAIN + generator.integers(_GRAIN), generator.integers(size)]
                 inputs[places] = row

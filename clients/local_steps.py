@@ -5,14 +5,14 @@ add integer noise, move the parameters. A merchant alone and the K-th of many ta
 steps, to the last bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from clients.kernel import Kernel, Table
-from clients.release import make_noisy
+from clients.release import make_noisy, noise_of_steps
 from common.contract import Training
 from common.fixed_point import lattice_step
 from common.noise import NoiseSource
@@ -58,11 +58,16 @@ def local_updates(
     unit = lattice_step(release.event.sensitivity, release.steps)
     scales = np.array([[training.local_learning_rate * unit / task.batch] for task in tasks])
     theta = start.copy()
+    sampling = [task.noise.spawn() for task in tasks]
+    noise = [iter(_noise_rows(kernel, task, training.local_steps, release)) for task in tasks]
     for _ in range(training.local_steps):
-        chosen = [task.noise.sampled(len(task.table), training.sampling_rate) for task in tasks]
+        chosen = [
+            stream.sampled(len(table), training.sampling_rate)
+            for stream, table in zip(sampling, tables, strict=True)
+        ]
         sums = kernel.sums(theta, tables, chosen, release.event.sensitivity)
-        for number, task in enumerate(tasks):
-            make_noisy(sums[number], release, task.noise)
+        for own, drawn in zip(sums, noise, strict=True):
+            make_noisy(own, release, next(drawn))
         sums *= scales
         sums[:, kernel.padding] = 0.0  # what fills up a packed vector is no parameter
         if training.proximal:
@@ -71,3 +76,14 @@ def local_updates(
         # whether a merchant answers must not depend on its customers: never diverge
         np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER, out=theta)
     return kernel.unpack(theta - start)
+
+
+def _noise_rows(
+    kernel: Kernel, task: Task, steps: int, release: Release
+) -> Iterator[Int64[np.ndarray, " Q"]]:
+    """Yield the noise of one step after the other."""
+    left = steps
+    while left:
+        rows = noise_of_steps(release, kernel.size, left, task.noise)
+        yield from rows
+        left -= len(rows)

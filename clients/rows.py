@@ -5,7 +5,7 @@ the contract and `merchant.toml` use, and never repeat a cell.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 from common.errors import DataError
 
 MAX_COLUMNS = 10_000
+BATCH_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class Source:
         name: What messages call the source, usually the file's name.
         columns: The wanted columns that exist.
         rows: R.
-        lines: Whether row r (from 1) is exactly line r + 1 of the file.
+        lines: Finds out whether row r (from 1) is exactly line r + 1 of the file.
+        start: How many rows of the whole lie before these.
     """
 
     name: str
     columns: Mapping[str, pa.ChunkedArray]
     rows: int
-    lines: bool = False
+    lines: Callable[[], bool] = lambda: False
+    start: int = 0
 
     def refuse(self, row: int, column: str, problem: str) -> NoReturn:
         """Raise a DataError about one cell.
@@ -49,8 +52,27 @@ class Source:
             column: Name of the column.
             problem: What is wrong and what to do, without the cell's value.
         """
-        line = f" (line {row + 2})" if self.lines else ""
-        raise DataError(f"{self.name}: row {row + 1}{line}, column '{column}': {problem}") from None
+        number = self.start + row + 1
+        line = f" (line {number + 1})" if self.lines() else ""
+        raise DataError(f"{self.name}: row {number}{line}, column '{column}': {problem}") from None
+
+
+def numbered_batches(
+    name: str, tables: Iterable[pa.Table], lines: Callable[[], bool] = lambda: False
+) -> Generator[Source, None, None]:
+    """Cut tables that follow one another into batches of at most `BATCH_ROWS` rows.
+
+    Raises:
+        DataError: They have no rows.
+    """
+    start = 0
+    for table in tables:
+        for offset in range(0, table.num_rows, BATCH_ROWS):
+            part = table.slice(offset, BATCH_ROWS)
+            columns = {column: part[column] for column in part.column_names}
+            yield Source(name, columns, part.num_rows, lines, start)
+            start += part.num_rows
+    refuse_empty(start, name)
 
 
 def frame_source(frame: pd.DataFrame, name: str, wanted: Wanted) -> Source:

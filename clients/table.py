@@ -7,6 +7,7 @@ customer alone, so that adding or removing one never changes another.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,33 @@ class CustomerTable:
     out_of_bounds: dict[str, int]
 
 
+@dataclass(frozen=True)
+class CustomerBatch:
+    """Some of a merchant's customers, as far as an assignment needs them (R customers).
+
+    The attributes are those of `CustomerTable`.
+    """
+
+    customer_ids: Shaped[np.ndarray, "R"]
+    values: pd.DataFrame
+    previous: Int64[np.ndarray, "R"] | None
+
+
+@dataclass(frozen=True)
+class CheckedCustomers:
+    """Rows that were validated, before anything is worked out from them.
+
+    Attributes:
+        batch: The customers.
+        persons: Names the person behind each.
+        labels: Segment of each, -1 where not known.
+    """
+
+    batch: CustomerBatch
+    persons: Shaped[np.ndarray, "R"]
+    labels: Int64[np.ndarray, "R"]
+
+
 def read_table(merchant: Merchant, contract: Contract) -> CustomerTable:
     """Read a merchant's customers and validate them against the contract.
 
@@ -53,11 +81,11 @@ def read_table(merchant: Merchant, contract: Contract) -> CustomerTable:
         PolicyError: `[columns]` maps a feature that the contract does not have.
     """
     columns = merchant.columns
-    _check_mapping(columns, contract, "merchant.toml")
+    check_mapping(columns, contract, "merchant.toml")
     if merchant.data.kind == "transactions":
         return _from_transactions(merchant, contract)
     return _from_customers(
-        read_source(merchant.data, _wanted(columns, contract)), contract, columns
+        read_source(merchant.data, wanted_columns(columns, contract)), contract, columns
     )
 
 
@@ -80,9 +108,9 @@ def make_table(
         DataError: The rows cannot be used.
         PolicyError: `columns` maps a feature that the contract does not have.
     """
-    _check_mapping(columns, contract, source)
+    check_mapping(columns, contract, source)
     return _from_customers(
-        frame_source(frame, source, _wanted(columns, contract)), contract, columns
+        frame_source(frame, source, wanted_columns(columns, contract)), contract, columns
     )
 
 
@@ -107,7 +135,8 @@ def is_held_out(persons: Sequence[str], training: Training) -> Bool[np.ndarray, 
     return (fractions < training.held_out)[codes]
 
 
-def _check_mapping(columns: Columns, contract: Contract, source: str) -> None:
+def check_mapping(columns: Columns, contract: Contract, source: str) -> None:
+    """Raise a PolicyError where a feature is mapped that the contract does not have."""
     known = {feature.name for feature in contract.features}
     for name in columns.features:
         if name not in known:
@@ -121,8 +150,8 @@ def _column(feature: Feature, columns: Columns) -> str:
     return columns.features.get(feature.name, feature.name)
 
 
-def _wanted(columns: Columns, contract: Contract) -> Wanted:
-    """Columns of a customer table; labels may lack unless the merchant names their column."""
+def wanted_columns(columns: Columns, contract: Contract) -> Wanted:
+    """Name a customer table's columns; labels may lack unless the merchant names theirs."""
     features = [_column(feature, columns) for feature in contract.features]
     named = (columns.person, columns.segment, columns.previous)
     return Wanted(
@@ -136,7 +165,12 @@ def _label_columns(columns: Columns, contract: Contract) -> tuple[str, str | Non
     return columns.segment or segments.column, columns.previous or segments.previous_column
 
 
-def _from_customers(source: Source, contract: Contract, columns: Columns) -> CustomerTable:
+def check_customers(source: Source, contract: Contract, columns: Columns) -> CheckedCustomers:
+    """Validate rows, one a customer, against the contract.
+
+    Raises:
+        DataError: A cell cannot be used, or a customer is there twice in these rows.
+    """
     customers = cells.keys(source, columns.customer, "customer id")
     customer_ids = np.asarray(customers.to_pandas(), dtype=object)
     _refuse_duplicates(source, columns.customer, customer_ids)
@@ -151,13 +185,37 @@ def _from_customers(source: Source, contract: Contract, columns: Columns) -> Cus
     )
     label, previous = _label_columns(columns, contract)
     known = _segments(source, contract, label)
-    return CustomerTable(
-        customer_ids=customer_ids,
-        values=values,
+    return CheckedCustomers(
+        CustomerBatch(customer_ids, values, _segments(source, contract, previous)),
+        persons=persons,
         labels=known if known is not None else np.full(source.rows, cells.MISSING, np.int64),
-        previous=_segments(source, contract, previous),
-        held_out=is_held_out(persons.tolist(), contract.training),
-        out_of_bounds=_out_of_bounds(values, contract),
+    )
+
+
+def refuse_repeated(source: Source, column: str, row: int, first: int) -> NoReturn:
+    """Raise a DataError about a customer who is there twice.
+
+    Args:
+        source: Holds the later row.
+        column: The column of the customers' ids.
+        row: Position of the later row in `source`, from 0.
+        first: Position of the earlier row in the whole, from 0.
+    """
+    source.refuse(
+        row, column, f"the customer is already in row {first + 1}; keep one row a customer"
+    )
+
+
+def _from_customers(source: Source, contract: Contract, columns: Columns) -> CustomerTable:
+    checked = check_customers(source, contract, columns)
+    batch = checked.batch
+    return CustomerTable(
+        customer_ids=batch.customer_ids,
+        values=batch.values,
+        labels=checked.labels,
+        previous=batch.previous,
+        held_out=is_held_out(checked.persons.tolist(), contract.training),
+        out_of_bounds=_out_of_bounds(batch.values, contract),
     )
 
 
@@ -167,9 +225,7 @@ def _refuse_duplicates(source: Source, column: str, ids: Shaped[np.ndarray, "R"]
     if repeated.any():
         row = int(repeated.argmax())
         first = int((codes == codes[row]).argmax())
-        source.refuse(
-            row, column, f"the customer is already in row {first + 1}; keep one row a customer"
-        )
+        refuse_repeated(source, column, row, source.start + first)
 
 
 def _values(

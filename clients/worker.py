@@ -435,9 +435,9 @@ class Worker:
         """Take the same steps with Opacus' gradients."""
         release, noise, batch = charged.release, charged.noise, self._batch(charged.request)
         training, start = self.contract.training, charged.request.parameters
-        theta = start.copy()
+        theta, sampling = start.copy(), noise.spawn()
         for _ in range(training.local_steps):
-            rows = noise.sampled(len(self._train[1]), training.sampling_rate)
+            rows = sampling.sampled(len(self._train[1]), training.sampling_rate)
             x, y = self._train[0][rows], self._train[1][rows]
             exact = self._gradient_sum(self._network, theta, x, y, release.event.sensitivity)
             gradient = from_lattice(

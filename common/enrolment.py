@@ -20,7 +20,7 @@ from common.chain import body_bytes, is_signed
 from common.errors import EnrolmentError, IdentityError
 from common.identity import MERCHANT_ID, Members
 from common.masks import joined
-from common.rotation import Rotation, check_rotations
+from common.rotation import WITNESS, Rotation, check_rotations, lineage
 
 PREFIX = "hansa1-"
 PATH = "/v1/fleet/hansa"  # where the gateway answers, beside Flower's own paths
@@ -189,6 +189,9 @@ class SignedList:
 def parse_list(document: object, signature: object, operator: bytes) -> SignedList:
     """Read and check a signed list.
 
+    An operator that changed its key signs with the new one; the list then has the statements of
+    both keys, one for each change, that lead there from the key that was pinned.
+
     Raises:
         EnrolmentError: It is no list, or the operator did not sign it.
     """
@@ -207,7 +210,8 @@ def parse_list(document: object, signature: object, operator: bytes) -> SignedLi
     listed = SignedList(version, members, added, revoked, _key(document["witness"]), rotations)
     if len({*members.values(), listed.witness}) != len(members) + 1:
         raise EnrolmentError("the list of members holds one key twice")
-    if listed.witness != operator or not signed(operator, listed.canonical(), signature):
+    known = operator in lineage(listed.witness, WITNESS, rotations)
+    if not known or not signed(listed.witness, listed.canonical(), signature):
         raise EnrolmentError("the operator whose key was pinned did not sign the list of members")
     try:
         check_rotations(rotations, {*members.values(), listed.witness})
@@ -264,9 +268,11 @@ class Difference:
     removed: dict[str, bytes]
     changed: dict[str, tuple[bytes, bytes]]  # id -> pinned key, new key: nothing proves it
     rotated: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # signed by both keys
+    operator: tuple[bytes, bytes] | None = None  # its pinned key and its new one, which both sign
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.changed or self.rotated)
+        merchants = self.added or self.removed or self.changed or self.rotated
+        return bool(merchants or self.operator)
 
 
 def difference(pinned: Members, version: int, listed: SignedList) -> Difference:
@@ -285,9 +291,9 @@ def difference(pinned: Members, version: int, listed: SignedList) -> Difference:
             f"the operator's list of members has version {listed.version}, older than the pinned "
             f"{version}: somebody shows you the past"
         )
-    if listed.witness != pinned.witness:
-        raise EnrolmentError("the operator's list of members names another witness")
     old, new, after = pinned.keys, listed.members, listed.pinned()
+    if pinned.witness not in after.witnesses:
+        raise EnrolmentError("the operator's list of members names another witness")
     others = {name: (old[name], new[name]) for name in new if new[name] != old.get(name, new[name])}
     rotated = {name: keys for name, keys in others.items() if keys[0] in after.keys_of(name)}
     found = Difference(
@@ -295,6 +301,7 @@ def difference(pinned: Members, version: int, listed: SignedList) -> Difference:
         {name: key for name, key in old.items() if name not in new},
         {name: keys for name, keys in others.items() if name not in rotated},
         rotated,
+        None if listed.witness == pinned.witness else (pinned.witness, listed.witness),
     )
     if found and listed.version == version:
         raise EnrolmentError(

@@ -41,6 +41,14 @@ class NoiseSource:
         text = "\x00".join(["hansa seeded noise", str(seed), *map(str, labels)])
         return cls(hashlib.sha256(text.encode()).digest())
 
+    def spawn(self) -> "NoiseSource":
+        """Return a stream of its own, keyed by the next 32 bytes of this one.
+
+        Where one stream's use depends on the customers (how many are to be chosen from), another's
+        must not: whoever compares two tables then sees the same noise in both.
+        """
+        return NoiseSource(self._stream.update(bytes(32)))
+
     def discrete_gaussian(self, count: int, stddev: float) -> Int64[np.ndarray, " count"]:
         """Return integers k with probability proportional to exp(-k^2 / (2 stddev^2)).
 

@@ -112,8 +112,7 @@ class Desk:
     def _members(self, asked: dict[str, Any]) -> dict[str, Any]:
         merchant, at = asked["merchant"], asked["at"]
         state = self.registry.state()
-        statement = members_statement(self.identity.public, merchant, at)
-        self._authenticate(state, asked, statement)
+        self._authenticate(state, asked, lambda key: members_statement(key, merchant, at))
         _, later = announced(self.settings.tls)
         if later:
             self.registry.tell(merchant, pem_sha256(later), self.now())
@@ -122,8 +121,7 @@ class Desk:
     def _rotate(self, asked: dict[str, Any]) -> dict[str, Any]:
         merchant, at, node = asked["merchant"], asked["at"], _node_key(asked["node"])
         state = self.registry.state()
-        statement = rotate_statement(self.identity.public, merchant, node, at)
-        self._authenticate(state, asked, statement)
+        self._authenticate(state, asked, lambda key: rotate_statement(key, merchant, node, at))
         before = self.registry.rotate(merchant, node, at, self.register)
         if before:
             self._let_go(before)
@@ -148,10 +146,21 @@ class Desk:
         except SuperLinkError as error:
             log.warning("a node could not be taken off yet", extra={"reason": str(error)})
 
-    def _authenticate(self, state: State, asked: dict[str, Any], statement: bytes) -> None:
-        """Raise an `EnrolmentError` unless a member signed the request, not long ago."""
-        member = state.members.get(asked["merchant"])
-        if member is None or not signed(member.identity, statement, asked["signature"]):
+    def _authenticate(
+        self, state: State, asked: dict[str, Any], statement: Callable[[bytes], bytes]
+    ) -> None:
+        """Raise an `EnrolmentError` unless a member signed the request, not long ago.
+
+        Args:
+            state: Of the registry.
+            asked: The request.
+            statement: What is signed, given the operator's key that the member pinned: the one
+                of today or an earlier one.
+        """
+        member, keys = state.members.get(asked["merchant"]), state.signed_list().pinned().witnesses
+        if member is None or not any(
+            signed(member.identity, statement(key), asked["signature"]) for key in keys
+        ):
             raise EnrolmentError("this request is not signed by the identity of a member")
         apart = self.now() - asked["at"]
         if abs(apart) > CLOCK_WINDOW_S:

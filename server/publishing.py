@@ -16,10 +16,11 @@ from common.bundle import write_bundle
 from common.contract import Contract, contract_toml
 from common.events import Event, merged, to_document
 from common.network import network_of
+from common.onnx_model import onnx_bytes
 from common.plan import plan_of
 from common.scaling import inputs, natural
 from server.model_card import model_card
-from server.onnx_model import check_parity, onnx_bytes
+from server.onnx_model import check_parity
 from server.outcome import NoisySum, Outcome
 
 _TOO_FEW = 4.0  # standard deviations below which a noisy count says nothing

@@ -20,6 +20,7 @@ from common.identity import members_toml
 from common.rotation import Rotation
 from server.registry_rows import (
     SCHEMA,
+    SINCE_VERSION_1,
     Invitation,
     Member,
     State,
@@ -36,7 +37,7 @@ from server.registry_rows import (
 NAME = "registry.sqlite"
 HOUR_S = 3600.0
 _WAIT_S = 30.0  # for another process's transaction
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 
 Register = Callable[[bytes, str], int]  # a node's public key and the merchant -> the node's id
 
@@ -58,6 +59,9 @@ class Registry:
             raise ArchiveError(f"{self._path}: there is none; make it with hansa server init")
         with self._opened() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version == 1:
+                database.executescript(f"BEGIN IMMEDIATE;{SINCE_VERSION_1}COMMIT;")
+                version = _SCHEMA_VERSION
         if version != _SCHEMA_VERSION:
             raise ArchiveError(f"{self._path}: was written by another version of Hansa")
 
@@ -230,6 +234,24 @@ class Registry:
                 last = (member.node, state.version + 1, member.asked_at)
                 append_rotation(database, rotation)
                 append(database, (time.time(), "rekeyed", rotation.merchant, *keys, *last))
+        self.write_members()
+
+    def rekey_operator(self, rotation: Rotation) -> None:
+        """Take the operator's new identity key for its old one; once, later calls change nothing.
+
+        The list of members gets a new version, which names the new key as the witness.
+
+        Raises:
+            EnrolmentError: The operator's key is another one than the old.
+        """
+        with self._changing() as database:
+            state = state_of(database)
+            if rotation not in state.rotations:
+                if state.operator != rotation.old:
+                    raise EnrolmentError("the registry has another key of the operator")
+                append_rotation(database, rotation)
+                row = (rotation.new.hex(), state.version + 1)
+                database.execute("INSERT INTO successors VALUES (?, ?)", row)
         self.write_members()
 
     def revoke(self, merchant: str, now: float | None = None) -> Member:

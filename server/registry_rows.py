@@ -35,6 +35,11 @@ CREATE TABLE told (
 """
 
 
+_SUCCESSORS_SQL = (
+    "CREATE TABLE successors (public_key TEXT NOT NULL UNIQUE, version INTEGER NOT NULL);\n"
+)
+
+
 def _append_only(table: str) -> str:
     return "".join(
         f"CREATE TRIGGER {table}_{change} BEFORE {change} ON {table} "
@@ -43,7 +48,8 @@ def _append_only(table: str) -> str:
     )
 
 
-SCHEMA = _TABLES_SQL + "".join(map(_append_only, _TABLES))
+SINCE_VERSION_1 = f"{_SUCCESSORS_SQL}{_append_only('successors')}PRAGMA user_version = 2;\n"
+SCHEMA = _TABLES_SQL + "".join(map(_append_only, _TABLES)) + SINCE_VERSION_1
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,9 @@ def state_of(database: sqlite3.Connection) -> State:
             merchant, bytes.fromhex(identity), node_key.encode(), int(node), added, asked_at, since
         )
     (operator,) = database.execute("SELECT public_key FROM operator").fetchone()
+    successor = "SELECT public_key, version FROM successors ORDER BY version DESC LIMIT 1"
+    for public_key, version in database.execute(successor):
+        operator, last = public_key, max(last, version)
     documents = database.execute("SELECT document FROM rotations ORDER BY number").fetchall()
     rotations = tuple(Rotation.from_document(json.loads(text)) for (text,) in documents)
     return State(last, dict(sorted(members.items())), revoked, bytes.fromhex(operator), rotations)

@@ -64,7 +64,7 @@ class InProcessGrid(Grid):
             )
             for node in range(nodes)
         }
-        self._waiting: dict[str, tuple[int, bytes] | Message] = {}
+        self._waiting: dict[str, bytes | Message] = {}
 
     def set_run(self, run: Run) -> None:
         """Replace the run (Flower's interface)."""
@@ -97,8 +97,8 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to the given messages; lost ones have none."""
         waiting = [self._waiting.pop(message_id, None) for message_id in message_ids]
-        delivered = iter(self._answered([one for one in waiting if isinstance(one, tuple)]))
-        replies = [next(delivered) if isinstance(one, tuple) else one for one in waiting]
+        delivered = self._answered([one for one in waiting if isinstance(one, bytes)])
+        replies = [next(delivered) if isinstance(one, bytes) else one for one in waiting]
         return [reply for reply in replies if reply is not None]
 
     def send_and_receive(
@@ -113,16 +113,15 @@ class InProcessGrid(Grid):
         message.metadata.__dict__["_message_id"] = message_id
         fate = self._fault(message) if self._fault else None
         if fate is None:
-            node = message.metadata.dst_node_id
-            self._waiting[message_id] = (node, message_to_proto(message).SerializeToString())
+            self._waiting[message_id] = message_to_proto(message).SerializeToString()
         elif fate != "silent":
             error = Error(ErrorCode.NODE_UNAVAILABLE, fate)
             self._waiting[message_id] = Message(error, reply_to=message)
         return message_id
 
-    def _answered(self, waiting: list[tuple[int, bytes]]) -> Iterator[Message]:
+    def _answered(self, waiting: list[bytes]) -> Iterator[Message]:
         """Carry messages through the app across a real serialisation boundary."""
-        messages = [message_from_proto(MessageProto.FromString(raw)) for _, raw in waiting]
+        messages = [message_from_proto(MessageProto.FromString(raw)) for raw in waiting]
         for message in messages:
             message.metadata.__dict__["_message_id"] = message.metadata.message_id
         together = self._together
@@ -139,8 +138,7 @@ class InProcessGrid(Grid):
     def _answer_of_app(self, message: Message) -> Message:
         return self._client_app(message, self.contexts[message.metadata.dst_node_id])
 
-    @staticmethod
-    def _reply(message: Message, answer: Callable[[], Message]) -> Message:
+    def _reply(self, message: Message, answer: Callable[[], Message]) -> Message:
         """Return an answer, or the error reply that a SuperNode would send."""
         try:
             reply = answer()

@@ -12,7 +12,8 @@ from flwr.app import Context, RecordDict
 
 from audit.epsilon import DP_ACCOUNTING, OPACUS, opinions
 from clients.app import create_app as create_client_app
-from clients.assignment import assign, write_assignments
+from clients.assignment import write_assignments
+from clients.batches import in_batches
 from clients.evidence import Books, write_books
 from clients.worker import Worker
 from common import statements
@@ -237,7 +238,7 @@ def _assign_everywhere(federation: Federation, out: Path) -> None:
     """Let every merchant assign its own customers, also those that refused to train."""
     bundle = read_bundle(out / "bundle")
     for member in federation.members:
-        write_assignments(assign(bundle, member.table), out / "merchants" / member.merchant)
+        write_assignments(bundle, in_batches(member.table), out / "merchants" / member.merchant)
 
 
 def _write_evidence(federation: Federation, archive: Archive, run: str, folder: Path) -> None:

@@ -82,3 +82,45 @@ def test_the_workload_is_what_our_run_trains_on(tmp_path: Path) -> None:
         np.testing.assert_allclose(trained[0], work.x[merchant], rtol=0, atol=1e-7)
         np.testing.assert_array_equal(trained[1], work.y[merchant])
         assert 0 < table.held_out.sum() < 10
+
+
+@pytest.mark.slow
+def test_dp_step(tmp_path: Path) -> None:
+    """Beside plain SGD and every mode of Opacus, in one JSON document."""
+    document = tmp_path / "dp_step.json"
+    command = [sys.executable, "-m", "benchmarks.dp_step", "--quick", "--turns", "2"]
+    command += ["--opacus-turns", "1", "--json", str(document)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    figures = {
+        "worst_ratio_to_plain_sgd", "median_ratio_to_plain_sgd",
+        "worst_speedup_over_opacus", "median_speedup_over_opacus",
+    }  # fmt: skip
+    assert figures <= found.keys()
+    assert all(found[name] > 0 for name in figures)
+    (row,) = found["settings"]
+    assert set(row["microseconds"]) == {
+        "plain", "ours", "noise", "opacus_hooks", "opacus_functorch", "opacus_ghost",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_assign(tmp_path: Path) -> None:
+    """Against onnxruntime and numpy, and as a whole command, in one JSON document."""
+    document = tmp_path / "assign.json"
+    command = [sys.executable, "-m", "benchmarks.assign", "--rows", "20000", "--rounds", "1"]
+    command += ["--json", str(document), "--folder", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    figures = {"fraction_of_onnxruntime", "fraction_of_numpy", "peak_mib", "peak_mib_tenth"}
+    assert figures <= found.keys()
+    assert all(found[name] > 0 for name in figures)
+    assert found["models"].keys() == {"normal", "small", "tanh"}
+    for model in found["models"].values():
+        for name in ("onnxruntime", "numpy", "hansa"):
+            spread = model[name]["rows_per_s"]
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        assert model["largest_difference"] < 1e-5
+    assert [run["rows"] for run in found["command"]] == [2000, 20_000]
+    assert found["peak_mib"] == found["command"][1]["peak_mib"]
+    assert [path.name for path in tmp_path.iterdir()] == ["assign.json"]

@@ -148,6 +148,12 @@ def show_difference(found: "Difference") -> None:
     for name, (before, after) in found.rotated.items():
         typer.echo(f"  rotated  {name}  key {fingerprint(before)}\n    to key {fingerprint(after)}")
         typer.echo("    both keys signed that")
+    if found.operator is not None:
+        before, after = found.operator
+        typer.echo(
+            f"  rotated  the operator  key {fingerprint(before)}\n    to key {fingerprint(after)}"
+        )
+        typer.echo("    both keys signed that")
     for name, (before, after) in found.changed.items():
         typer.echo(f"  CHANGED  {name}  key {fingerprint(before)}\n    to key {fingerprint(after)}")
     if found.changed:

@@ -1,9 +1,15 @@
 """`hansa merchant`: what a merchant does with its own customers, on its own machine."""
 
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from clients.table import CustomerBatch
 
 app = typer.Typer(
     help="Enrol and take part; check your table, see your budget, assign your customers.",
@@ -14,6 +20,20 @@ app = typer.Typer(
 def _file(given: Path | None) -> Path | None:
     """Return the merchant.toml of a folder."""
     return given / "merchant.toml" if given is not None and given.is_dir() else given
+
+
+def _told(batches: Iterable["CustomerBatch"]) -> Iterator["CustomerBatch"]:
+    """Say on a terminal how many customers were assigned, while it goes on."""
+    rows, seen = 0, sys.stderr.isatty()
+    try:
+        for batch in batches:
+            yield batch
+            rows += len(batch.customer_ids)
+            if seen:
+                typer.echo(f"\r{rows:,} customers", nl=False, err=True)
+    finally:
+        if seen and rows:
+            typer.echo(err=True)
 
 
 FileArgument = Annotated[
@@ -166,12 +186,13 @@ def assign(
 ) -> None:
     """Assign your customers to segments with a published model. Nothing is sent.
 
-    The model must be signed by the coordinator that you pinned.
+    The model must be signed by the coordinator that you pinned. Rows are read, assigned and written
+    a batch at a time, so that memory does not grow with their number; transactions are added up
+    first, in memory. Where a row is refused, older assignments stay as they were.
     """
-    from clients.assignment import assign as assign_customers
     from clients.assignment import check_signer, write_assignments
+    from clients.batches import read_batches
     from clients.merchant import read_merchant
-    from clients.table import read_table
     from common.bundle import read_bundle
 
     published = read_bundle(bundle)
@@ -181,9 +202,10 @@ def assign(
             "whose key that is was not checked",
             err=True,
         )
-    table = read_table(read_merchant(merchant_file), published.contract)
-    write_assignments(assign_customers(published, table), out)
-    typer.echo(f"{len(table.labels):,} customers assigned, in {out}")
+    merchant = read_merchant(merchant_file)
+    with closing(read_batches(merchant, published.contract)) as batches:
+        rows = write_assignments(published, _told(batches), out)
+    typer.echo(f"{rows:,} customers assigned, in {out}")
 
 
 @app.command()

@@ -41,18 +41,22 @@ def operator_identity(folder: Path) -> None:
     Raises:
         HansaError: The federation runs right now, or a file cannot be used.
     """
-    from common.errors import ServiceError
+    from server.registry import NAME, Registry
     from server.rotation import KEY, rotate_operator
 
     _check_still(folder, "hansa server stop")
-    if (folder / "registry.sqlite").is_file():
-        raise ServiceError(
-            f"{folder}: a federation that merchants enrol at cannot change its operator's key yet: "
-            "they would not follow"
+    if not (folder / NAME).is_file():
+        _show(rotate_operator(folder), folder / KEY)
+        typer.echo(
+            f"next: give {folder / 'members.toml'} to every merchant, which proves the change"
         )
-    rotation = rotate_operator(folder)
-    _show(rotation, folder / KEY)
-    typer.echo(f"next: give {folder / 'members.toml'} to every merchant, which proves the change")
+        return
+    _show(rotate_operator(folder, Registry(folder).rekey_operator), folder / KEY)
+    typer.echo(
+        f"next: hansa server start {folder}; every merchant follows with hansa merchant members "
+        "--accept, and takes part in nothing until then. Tokens that were not used are void: "
+        "invite again"
+    )
 
 
 def _check_still(folder: Path, stop: str) -> None:

@@ -93,10 +93,12 @@ class Spy:
         """Remember the start of a vector before it was masked, as it would be sent."""
         self.add("vector", vector.astype("<u4").tobytes()[:64])
 
-    def hear_wire(self, reply: Message, grid: InProcessGrid, _node: int, raw: bytes) -> None:
+    def hear_wire(
+        self, reply: Message, grid: InProcessGrid, message: Message, _answer: object
+    ) -> None:
         """Remember a message and its answer as they travel."""
         self.grid, kind = grid, reply.metadata.message_type
-        self.told.append((f"asked {kind}", raw))
+        self.told.append((f"asked {kind}", message_to_proto(message).SerializeToString()))
         self.told.append((f"told {kind}", message_to_proto(reply).SerializeToString()))
 
     def add(self, kind: str, *values: bytes) -> None:
@@ -142,7 +144,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     wrap(MerchantSession, "share", found.hear_pairs)
     wrap(MerchantSession, "advertise", found.hear_keys)
     wrap(MerchantSession, "mask", found.hear_vector)
-    wrap(InProcessGrid, "_deliver", found.hear_wire)
+    wrap(InProcessGrid, "_reply", found.hear_wire)
     return found
 
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clients.batches import read_batches
 from clients.merchant import Columns, Merchant
-from clients.table import CustomerTable, make_table, read_table
+from clients.table import make_table, read_table
 from common.contract import Contract
 from common.errors import DataError, PolicyError
 
@@ -28,7 +29,7 @@ def csv_of(*rows: str) -> bytes:
     return "\n".join((HEADER, *rows, "")).encode()
 
 
-def message_of(read: Callable[[], CustomerTable]) -> str:
+def message_of(read: Callable[[], object]) -> str:
     """Return the one-sentence message with which reading fails."""
     with pytest.raises(DataError) as caught:
         read()
@@ -37,6 +38,17 @@ def message_of(read: Callable[[], CustomerTable]) -> str:
     assert "SECRET" not in message
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    return message
+
+
+def refusal_of(merchant: Merchant, contract: Contract) -> str:
+    """Return the message about a merchant's rows, the same however they are read."""
+    message = message_of(lambda: read_table(merchant, contract))
+    for rows in (1 << 17, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("batches", "rows", "sources"):
+                patch.setattr(f"clients.{module}.BATCH_ROWS", rows)
+            assert message_of(lambda: list(read_batches(merchant, contract))) == message
     return message
 
 
@@ -102,13 +114,13 @@ class TestCells:
         """The message says file, row, line, column, and what to do."""
         (tmp_path / "t.csv").write_bytes(csv_of(GOOD, row))
         merchant = make_merchant('path = "t.csv"')
-        message = message_of(lambda: read_table(merchant, contract))
+        message = refusal_of(merchant, contract)
         assert message == f"t.csv: row 2 (line 3), column '{column}': {problem}"
 
     @pytest.mark.parametrize(
         "text",
         [
-            f'{HEADER}\nc0,1,30,2,1,basic,"l\now",low\n,1,30,2,1,basic,low,low\n',
+            f'{HEADER}\nc0,1,30,2,1,basic,"low\n",low\n,1,30,2,1,basic,low,low\n',
             f"{HEADER}\n\n{GOOD}\n,1,30,2,1,basic,low,low\n",
             f"{HEADER}\r{GOOD}\r,1,30,2,1,basic,low,low\r",
         ],
@@ -120,7 +132,7 @@ class TestCells:
         """Where rows are not lines only the row is told."""
         (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
         merchant = make_merchant('path = "t.csv"')
-        assert message_of(lambda: read_table(merchant, contract)) == (
+        assert refusal_of(merchant, contract) == (
             "t.csv: row 2, column 'customer_id': the customer id is empty; every row needs one"
         )
 
@@ -131,7 +143,7 @@ class TestCells:
         rows = [f"c{r},{'SECRET' if r in {2345, 2999} else r},30,2,1,plus,1,0" for r in range(3000)]
         (tmp_path / "t.csv").write_bytes(csv_of(*rows))
         merchant = make_merchant('path = "t.csv"')
-        message = message_of(lambda: read_table(merchant, contract))
+        message = refusal_of(merchant, contract)
         assert message == f"t.csv: row 2346 (line 2347), column 'spend': {NUMBER}"
 
 
@@ -218,7 +230,7 @@ class TestCsvFiles:
         """One sentence names the file, the place and the remedy."""
         (tmp_path / "t.csv").write_bytes(content)
         merchant = make_merchant('path = "t.csv"')
-        assert message_of(lambda: read_table(merchant, contract)) == message
+        assert refusal_of(merchant, contract) == message
 
     def test_places_a_broken_byte_across_blocks(
         self, tmp_path: Path, make_merchant: MakeMerchant, contract: Contract
@@ -228,7 +240,7 @@ class TestCsvFiles:
         filler = b"x" * ((1 << 20) - len(start) - 1)
         (tmp_path / "t.csv").write_bytes(start + filler + b"\xc3" + b"(,1,30,2,1,basic,low,low\n")
         merchant = make_merchant('path = "t.csv"')
-        assert message_of(lambda: read_table(merchant, contract)) == (
+        assert refusal_of(merchant, contract) == (
             f"t.csv: the text is not UTF-8 at byte {(1 << 20) - 1} (line 3); save the file as UTF-8"
         )
 
@@ -248,14 +260,14 @@ class TestOtherSources:
     ) -> None:
         """The whole path is told, because a wrong folder is the likely fault."""
         merchant = make_merchant('path = "t.csv"')
-        assert message_of(lambda: read_table(merchant, contract)) == (
+        assert refusal_of(merchant, contract) == (
             f"{tmp_path}/t.csv: there is no such file; correct `path` under [data]"
         )
 
     def test_unknown_suffix(self, make_merchant: MakeMerchant, contract: Contract) -> None:
         """Only .csv and .parquet are read."""
         merchant = make_merchant('path = "t.xlsx"')
-        assert message_of(lambda: read_table(merchant, contract)) == (
+        assert refusal_of(merchant, contract) == (
             "t.xlsx: expected a file name that ends in .csv or .parquet"
         )
 
@@ -266,7 +278,7 @@ class TestOtherSources:
         """A file that is no Parquet file is said to be none."""
         (tmp_path / "t.parquet").write_bytes(content)
         merchant = make_merchant('path = "t.parquet"')
-        assert message_of(lambda: read_table(merchant, contract)) == (
+        assert refusal_of(merchant, contract) == (
             "t.parquet: this is not a readable Parquet file; write it anew"
         )
 
@@ -283,7 +295,7 @@ class TestOtherSources:
         content[4:2000] = bytes(1996)
         path.write_bytes(content)
         merchant = make_merchant('path = "t.parquet"')
-        assert message_of(lambda: read_table(merchant, contract)) in {
+        assert refusal_of(merchant, contract) in {
             "t.parquet: this is not a readable Parquet file; write it anew",
             "t.parquet: the file cannot be read (damaged content)",
         }
@@ -295,7 +307,7 @@ class TestOtherSources:
         pq.write_table(pa.table({n: pa.array([], pa.string()) for n in HEADER.split(",")}),
                        tmp_path / "t.parquet")  # fmt: skip
         merchant = make_merchant('path = "t.parquet"')
-        assert message_of(lambda: read_table(merchant, contract)) == f"t.parquet: {ONE_ROW}"
+        assert refusal_of(merchant, contract) == f"t.parquet: {ONE_ROW}"
 
     def test_a_row_of_parquet_has_no_line(
         self, tmp_path: Path, make_merchant: MakeMerchant, contract: Contract
@@ -305,7 +317,7 @@ class TestOtherSources:
         frame.loc[1, ["customer_id", "spend"]] = ["c2", "SECRET"]
         frame.to_parquet(tmp_path / "t.parquet")
         merchant = make_merchant('path = "t.parquet"')
-        message = message_of(lambda: read_table(merchant, contract))
+        message = refusal_of(merchant, contract)
         assert message == f"t.parquet: row 2, column 'spend': {NUMBER}"
 
     @pytest.mark.parametrize(
@@ -324,7 +336,7 @@ class TestOtherSources:
             ),
             (
                 "sqlite:///shop.db",
-                "create table u(a)",
+                "create table if not exists u(a)",
                 "the query of the sqlite database: it gives no rows; "
                 "`query` must be a SELECT statement",
             ),
@@ -363,7 +375,7 @@ class TestOtherSources:
         connection.close()
         merchant = make_merchant(f'url = "{url}"\nquery = "{query}"')
         expected = message.replace("{folder}", str(tmp_path))
-        assert message_of(lambda: read_table(merchant, contract)) == expected
+        assert refusal_of(merchant, contract) == expected
 
     def test_database_that_is_none(
         self, tmp_path: Path, make_merchant: MakeMerchant, contract: Contract
@@ -371,7 +383,7 @@ class TestOtherSources:
         """A file that is no database fails with the kind of error only."""
         (tmp_path / "shop.db").write_bytes(b"SECRET" * 1000)
         merchant = make_merchant('url = "sqlite:///shop.db"\nquery = "select * from t"')
-        assert message_of(lambda: read_table(merchant, contract)).startswith(
+        assert refusal_of(merchant, contract).startswith(
             "the query of the sqlite database: it failed (DatabaseError); run"
         )
 

@@ -34,7 +34,7 @@ from common.errors import (
     PolicyError,
     UnreachableError,
 )
-from common.identity import Members, read_members, write_members
+from common.identity import Identity, Members, read_members, write_members
 from server.certificates import (
     SERVER_DAYS,
     announce_next,
@@ -45,6 +45,7 @@ from server.certificates import (
     switch,
     trusted,
 )
+from server.rotation import rotate_operator
 from simulations.datasets import load
 from tests.enrolment_world import (
     World,
@@ -52,6 +53,7 @@ from tests.enrolment_world import (
     gateway,
     make_world,
     merchant_folder,
+    opened,
     serving,
     tls_server,
 )
@@ -520,6 +522,52 @@ class TestMembers:
             pytest.raises(EnrolmentError, match="version 1, older than the pinned 2"),
         ):
             fetch_members(shop, world.clock)
+
+    def test_a_new_key_of_the_operator(self, tmp_path: Path, agreed: Contract, shop: Path) -> None:
+        """Is shown, pinned when accepted, and followed over several changes at once."""
+        world = make_world(tmp_path / "operator", agreed)
+        with gateway(world):
+            enrolled(world, shop)
+        keys = [world.operator]
+        for _ in range(2):
+            rotate_operator(world.settings.folder, world.registry.rekey_operator)
+            again, nodes = opened(world.settings.folder, world.clock), world.nodes
+            desk = replace(again.desk, register=nodes.register, unregister=nodes.unregister)
+            world = replace(again, nodes=nodes, desk=desk)
+            keys.append(world.operator)
+        with gateway(world):
+            update = fetch_members(shop, world.clock)
+            assert update.difference.operator == (keys[0], keys[2])
+            assert not update.difference.changed
+            assert read_enrolment(shop).operator_key == keys[0]
+            rotate_node_key(shop, world.clock)  # who did not accept it is still heard
+            pin_members(update)
+            assert read_enrolment(shop).operator_key == keys[2]
+            assert read_members(shop / "members.toml").witnesses == tuple(keys)
+            assert not fetch_members(shop, world.clock).difference
+            other = enrolled(world, shop.parent / "other")
+            assert read_members(other / "members.toml").witnesses == tuple(keys)
+
+    def test_a_key_that_the_old_one_did_not_sign(
+        self, tmp_path: Path, agreed: Contract, shop: Path
+    ) -> None:
+        """Is nobody's the merchant knows: the list is refused, and nothing is pinned."""
+        world, stranger = make_world(tmp_path / "operator", agreed), Identity.generate("x")
+        with gateway(world):
+            enrolled(world, shop)
+
+        def bend(answer: dict[str, Any]) -> None:
+            listed = replace(world.registry.state().signed_list(), witness=stranger.public)
+            answer["list"] = listed.document()
+            answer["signature"] = stranger.sign(listed.canonical()).hex()
+
+        before = (shop / "members.toml").read_bytes()
+        with (
+            serving(tls_server(bent(world, bend), world.settings.port, world.settings.tls)),
+            pytest.raises(EnrolmentError, match="did not sign the list"),
+        ):
+            fetch_members(shop, world.clock)
+        assert (shop / "members.toml").read_bytes() == before
 
     def test_a_revoked_merchant(self, world: World, shop: Path) -> None:
         """Is refused."""

@@ -136,3 +136,18 @@ def test_wide_noise_takes_a_finer_lattice_only_where_it_is_cheap() -> None:
     assert [local_steps(sigma) for sigma in (0.01, 0.5, 1.0, 2.0, 1000.0)] == [
         2**20, 2**16, 2**15, 2**14, 2**14,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_noise_does_not_depend_on_customers(rate: float) -> None:
+    """With another number of customers, of whom none learns anything, the noise is the same."""
+    training = training_of(sampling_rate=rate, local_steps=9)
+    kernel = Kernel(NETWORK, 1, "float32")
+    changes = []
+    for rows in (0, 1, 70):
+        task = task_of(kernel, 0, 5)
+        idle = kernel.table(np.full((rows, NETWORK.dims[0]), 1e30), np.zeros(rows, dtype=np.int64))
+        alone = Task(idle, task.start, task.batch, NoiseSource.seeded(1, "idle"))
+        changes.append(local_updates(kernel, [alone], training, release_of(training))[0])
+    assert np.array_equal(changes[0], changes[1])
+    assert np.array_equal(changes[0], changes[2])

@@ -12,7 +12,7 @@ import pytest
 
 import clients.worker
 from clients.kernel import kernel_of
-from clients.release import noisy_sum
+from clients.release import noise_of_steps
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from clients.training import clipped_gradient_sum
@@ -30,7 +30,13 @@ from common.errors import (
     WireError,
     WitnessRefusal,
 )
-from common.fixed_point import from_lattice, lattice_sensitivity, lattice_step, local_lattice
+from common.fixed_point import (
+    from_lattice,
+    lattice_sensitivity,
+    lattice_step,
+    local_lattice,
+    to_lattice,
+)
 from common.identity import Identity, Members
 from common.network import initial_parameters, network_of, parameters_sha256
 from common.noise import NoiseSource
@@ -468,18 +474,14 @@ class TestLocalMode:
         start = theta = initial_parameters(contract)
         x, y = some_customers().part(held_out=False)
         kernel = kernel_of(network_of(contract), 1, "float32")
+        noise.spawn()  # whose stream says who is chosen: here all
+        drawn = [*noise_of_steps(release, kernel.size, steps, noise)]
+        assert len(drawn) == steps
         for _ in range(steps):
-            assert sorted(noise.sampled(len(x), 1.0)) == list(range(len(x)))
             exact = clipped_gradient_sum(network_of(contract), theta, x, y, clip_norm)
-            noisy = noisy_sum(
-                kernel.pack(exact[None])[0],
-                sensitivity=clip_norm,
-                noise_multiplier=release.event.noise_multiplier,
-                contributors=1,
-                noise=noise,
-                steps=release.steps,
-                error=release.error,
-            )
+            noisy = to_lattice(
+                kernel.pack(exact[None])[0], lattice_step(clip_norm, release.steps)
+            ) + drawn.pop(0)
             noisy[kernel.padding] = 0
             flat = kernel.unpack(noisy[None].astype(np.float64))[0]
             gradient = flat * lattice_step(clip_norm, release.steps) / batch

@@ -198,3 +198,12 @@ class TestSampled:
         monkeypatch.setattr(source, "_words", lambda count: words.pop(0).astype(np.uint64)[:count])
         assert source.sampled(3, 0.5).tolist() == [1, 2, 0]
         assert not words
+
+
+def test_spawned() -> None:
+    """A stream of its own: the next 32 bytes are its key, and what follows is not shared."""
+    source, key = NoiseSource(bytes(range(32))), keystream(bytes(range(32)), 32)
+    spawned, expected = source.spawn(), NoiseSource(key)
+    assert spawned.discrete_gaussian(5, 1e9).tolist() == expected.discrete_gaussian(5, 1e9).tolist()
+    rest = np.frombuffer(keystream(bytes(range(32)), 64)[32:], dtype="<u8")
+    assert source._words(4).tolist() == rest.tolist()

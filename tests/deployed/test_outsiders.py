@@ -187,3 +187,28 @@ def test_keys_are_replaced_on_both_sides(fresh: Stack) -> None:
     fresh.start()
     until(lambda: all(is_connected(fresh, number) for number in range(3)), 90, "all are there")
     finished(fresh, fresh.run())
+
+
+def test_the_operators_identity_is_replaced(fresh: Stack) -> None:
+    """Who accepted the new key takes part; who did not spends nothing and is told why.
+
+    An audit follows the change.
+    """
+    fresh.up(rounds=2, federation={"min_merchants": 3}, aggregation={"min_survivors": 2})
+    finished(fresh, fresh.run())
+    fresh.hansa("server", "stop", fresh.operator)
+    told = fresh.hansa("server", "rotate", fresh.operator, "--identity").stdout
+    assert "hansa merchant members" in told
+    fresh.start()
+    until(lambda: all(is_connected(fresh, number) for number in range(3)), 90, "all are there")
+    for number in (0, 1):
+        shown = fresh.hansa("merchant", "members", fresh.shop(number), "--accept").stdout
+        assert "rotated  the operator" in shown
+        assert "your worker starts anew" in shown
+    before = fresh.hansa("merchant", "budget", fresh.shop(2), "--json", "-").stdout
+    code, printed = fresh.verdict(fresh.run("--wait", "20"))
+    assert code == 0, printed
+    assert fresh.hansa("merchant", "budget", fresh.shop(2), "--json", "-").stdout == before
+    fresh.hansa("merchant", "members", fresh.shop(2), "--accept")
+    finished(fresh, fresh.run())
+    fresh.audit()

@@ -9,9 +9,17 @@ from clients.enrolment import enrolment
 from clients.merchant import read_merchant
 from common.enrolment import fingerprint
 from common.errors import IdentityError, RunError, ServiceError
-from common.identity import Identity, Members, read_members, write_identity, write_members
+from common.identity import (
+    Identity,
+    Members,
+    read_identity,
+    read_members,
+    write_identity,
+    write_members,
+)
 from common.service_lock import locked
 from hansa.commands.rotation import merchant_identity, operator_identity
+from server.registry import Registry
 
 
 @pytest.fixture
@@ -80,10 +88,15 @@ def test_an_operator_that_cannot_be_reached(folder: Path) -> None:
     enrolment(read_merchant(folder / "merchant.toml"), folder)
 
 
-def test_an_operator_with_a_registry(folder: Path) -> None:
-    """Merchants that enrolled pinned the operator's key, and would not follow."""
-    (folder / "registry.sqlite").touch()
-    before = (folder / "server" / "identity.key").read_bytes()
-    with pytest.raises(ServiceError, match="cannot change its operator's key yet"):
-        operator_identity(folder)
-    assert (folder / "server" / "identity.key").read_bytes() == before
+def test_an_operator_with_a_registry(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The registry's list names the new key, proves it, and has a new version."""
+    before = read_identity("coordinator", folder / "server" / "identity.key")
+    registry = Registry.create(folder, before.public)
+    operator_identity(folder)
+    after = read_identity("coordinator", folder / "server" / "identity.key")
+    members = read_members(folder / "members.toml")
+    assert after.public != before.public
+    assert members.witnesses == (before.public, after.public)
+    state = registry.state()
+    assert (state.operator, state.version) == (after.public, 1)
+    assert "hansa merchant members --accept" in capsys.readouterr().out

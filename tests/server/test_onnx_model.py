@@ -8,7 +8,8 @@ import torch
 from common.errors import BundleError
 from common.models import torch_module
 from common.network import Network
-from server.onnx_model import check_parity, onnx_bytes
+from common.onnx_model import onnx_bytes
+from server.onnx_model import check_parity
 
 NETWORKS = [
     Network((7, 4)),

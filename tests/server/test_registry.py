@@ -497,3 +497,42 @@ class RegistryMachine(RuleBasedStateMachine):
 
 TestMachine = RegistryMachine.TestCase
 TestMachine.settings = hypothesis_settings(max_examples=15, stateful_step_count=12, deadline=None)
+
+
+class TestOperator:
+    """The operator's own key changes."""
+
+    def test_a_new_key(self, tmp_path: Path) -> None:
+        """Once, with a new version, after which others are counted on."""
+        old, new = Identity.generate("coordinator"), Identity.generate("coordinator")
+        registry = Registry.create(tmp_path, old.public)
+        enrolled(registry, "a", 1)
+        rotation = sign_rotation(WITNESS, old, new, 1)
+        for _ in range(2):
+            registry.rekey_operator(rotation)
+            state = registry.state()
+            assert (state.version, state.operator) == (2, new.public)
+        assert read_members(tmp_path / "members.toml").witnesses == (old.public, new.public)
+        enrolled(registry, "b", 2)
+        assert registry.state().version == 3
+        assert registry.added_at() == {"a": 1, "b": 3}
+
+    def test_of_another_key(self, tmp_path: Path) -> None:
+        """A statement of a key that is not the operator's changes nothing."""
+        registry = Registry.create(tmp_path, OPERATOR)
+        one, other = Identity.generate("coordinator"), Identity.generate("coordinator")
+        with pytest.raises(EnrolmentError, match="another key of the operator"):
+            registry.rekey_operator(sign_rotation(WITNESS, one, other, 1))
+        assert registry.state().operator == OPERATOR
+
+    def test_of_an_earlier_version(self, tmp_path: Path) -> None:
+        """A registry without the table gets it when it is opened, and keeps what it holds."""
+        old, new = Identity.generate("coordinator"), Identity.generate("coordinator")
+        enrolled(Registry.create(tmp_path, old.public), "a", 1)
+        with sqlite3.connect(tmp_path / "registry.sqlite") as database:
+            database.executescript("DROP TABLE successors; PRAGMA user_version = 1;")
+        database.close()
+        registry = Registry(tmp_path)
+        registry.rekey_operator(sign_rotation(WITNESS, old, new, 1))
+        assert registry.state().version == 2
+        assert set(registry.state().members) == {"a"}

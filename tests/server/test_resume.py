@@ -101,10 +101,8 @@ class DyingGrid(InProcessGrid):
         here = self.deployment.here
         return [node for node in self.contexts if here is None or node - FIRST_NODE in here]
 
-    def _reply(  # type: ignore[override]  # an instance has the clock
-        self, message: Message, answer: Callable[[], Message]
-    ) -> Message:
-        reply = InProcessGrid._reply(message, answer)
+    def _reply(self, message: Message, answer: Callable[[], Message]) -> Message:
+        reply = super()._reply(message, answer)
         self.clock.tick(f"after {message.metadata.dst_node_id} answered")
         return reply
 

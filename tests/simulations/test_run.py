@@ -278,7 +278,7 @@ class TestAssignments:
             names = contract.segments.names
             given = found[[f"p_{name}" for name in names]].to_numpy()
             np.testing.assert_allclose(given, expected, atol=1e-5)
-            np.testing.assert_allclose(given.sum(axis=1), 1.0, rtol=1e-9)
+            np.testing.assert_allclose(given.sum(axis=1), 1.0, rtol=1e-6)
             ordered = np.sort(given, axis=1)
             np.testing.assert_allclose(found["probability"], ordered[:, -1])
             np.testing.assert_allclose(found["margin"], ordered[:, -1] - ordered[:, -2])
