@@ -118,7 +118,7 @@ class TestAgainstOpacus:
         hooks = Hooks(network, theta, clip_norm, 1.0)
         hooks.step(x, y)
         expected = theta - hooks.theta
-        found = kernel_sum(Kernel(network, 1, precision), theta, x, y, clip_norm)
+        found = kernel_sum(_kernel(network, precision), theta, x, y, clip_norm)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[precision] * scale)
 
@@ -136,7 +136,7 @@ class TestAgainstOpacus:
         network = Network(dims, activation)
         theta, x, y = problem(network, 300)
         hooks = Hooks(network, theta, 0.5, 60.0)
-        kernel = Kernel(network, 1, precision)
+        kernel = _kernel(network, precision)
         table, packed = kernel.table(x, y), kernel.pack(theta[None])
         generator = np.random.default_rng(1)
         for step in range(50):
@@ -163,7 +163,7 @@ class TestRowsAreAlone:
         A row whose norm no float holds adds nothing; so the others are made such.
         """
         network = Network(dims, activation)
-        kernel = Kernel(network, 1, precision)
+        kernel = _kernel(network, precision)
         theta, x, y = problem(network, 97)
         alone = kernel_sum(kernel, theta, x[:1], y[:1], 1.0)
         huge = 1e30 if precision == "float32" else 1e305
@@ -199,7 +199,7 @@ class TestRowsAreAlone:
     def test_edge_of_a_relu(self, precision: Precision) -> None:
         """Parameters under which rounding decides a relu gain a server nothing."""
         network = Network((26, 8, 4))
-        kernel = Kernel(network, 1, precision)
+        kernel = _kernel(network, precision)
         for seed in range(6):
             theta, x, _ = problem(network, 1, seed)
             theta = theta.astype(np.float32).astype(np.float64)
@@ -344,4 +344,7 @@ _KERNELS: dict[tuple[Network, Precision], Kernel] = {}
 
 
 def _kernel(network: Network, precision: Precision) -> Kernel:
-    return _KERNELS.setdefault((network, precision), Kernel(network, 1, precision))
+    """Return a kernel that other tests used: trying all its shapes takes longer than a test."""
+    if (network, precision) not in _KERNELS:
+        _KERNELS[network, precision] = Kernel(network, 1, precision)
+    return _KERNELS[network, precision]
