@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
@@ -102,7 +102,9 @@ class _Pool:
     def close(self) -> None:
         """End all processes."""
         for end in self._ends:
-            end.close()  # which ends a process that waits
+            with suppress(OSError):  # it may have ended by itself
+                end.send(None)
+            end.close()
         for child in self._children:
             child.join(timeout=5)
             if child.is_alive():
@@ -111,12 +113,15 @@ class _Pool:
 
 
 def _serve(end: Connection, workers: Sequence[Worker]) -> None:
-    """Answer until the other end is closed."""
+    """Answer until there is nothing more to answer."""
     while True:
         try:
-            kind, asked = end.recv()
+            message = end.recv()
         except (EOFError, OSError, KeyboardInterrupt):
             break
+        if message is None:
+            break
+        kind, asked = message
         given = answered_together(
             kind, [(workers[k], content_from_bytes(content)) for k, content in asked]
         )

@@ -136,6 +136,7 @@ class TestCells:
             "t.csv: row 2, column 'customer_id': the customer id is empty; every row needs one"
         )
 
+    @pytest.mark.slow
     def test_finds_a_late_row(
         self, tmp_path: Path, make_merchant: MakeMerchant, contract: Contract
     ) -> None:
