@@ -162,9 +162,9 @@ class Kernel:
         with self._lock:
             count = len(thetas)
             self._weights[:count] = torch.from_numpy(thetas)
-            self._total.zero_()
-            self._partial.zero_()
-            self._summed = [0] * self.models  # rows in what is summed partially
+            self._total[:count].zero_()
+            self._partial[:count].zero_()
+            self._summed = [0] * count  # rows in what is summed partially
             for chunks in self._passes(tables, chosen):
                 self._pass(chunks, clip_norm)
             sums: Float64[np.ndarray, "K Q"] = np.add(

@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 
 from common.discrete_gaussian import choose_plan, samples
 
@@ -76,11 +76,6 @@ class NoiseSource:
             prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, part.size)
             part[:] = samples(plan, prefixes, self._words)
         return numbers
-
-    def chosen(self, count: int, rate: float) -> Bool[np.ndarray, " count"]:
-        """Return independent coin flips that are true with chance `rate`, to 2**-53."""
-        uniform = (self._words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return uniform < rate
 
     def sampled(self, count: int, rate: float) -> Int64[np.ndarray, " chosen"]:
         """Return who is chosen of `count`, each with chance `rate` (to 2**-53), in random order.

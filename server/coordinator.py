@@ -419,5 +419,8 @@ class Coordinator:
         return -update.total / len(update.merchants)
 
     def _spent(self) -> float:
-        """Return an upper bound on epsilon so far."""
-        return self._running.bound(event for _, event in self._outcome.events)
+        """Return an upper bound on epsilon so far; after the last round what will be claimed."""
+        events = [event for _, event in self._outcome.events]
+        if self._optimizer.steps >= self._contract.training.rounds:
+            return epsilon(events, self._contract.privacy.delta)
+        return self._running.bound(events)

@@ -81,19 +81,20 @@ class TestStream:
 
     def test_chosen_rate(self) -> None:
         """Customers are chosen at the rate; false-alarm rate 6e-5."""
-        share = NoiseSource.seeded(1, "rate").chosen(COUNT, 0.3).mean()
+        share = NoiseSource.seeded(1, "rate").sampled(COUNT, 0.3).size / COUNT
         assert abs(share - 0.3) < 4 * (0.21 / COUNT) ** 0.5
 
     @pytest.mark.parametrize("wrong", [0.2, 0.45])
     def test_wrong_rate_is_seen(self, wrong: float) -> None:
         """The same test refuses two thirds and one and a half of the rate."""
-        share = NoiseSource.seeded(1, "rate").chosen(COUNT, 0.3).mean()
+        share = NoiseSource.seeded(1, "rate").sampled(COUNT, 0.3).size / COUNT
         assert abs(share - wrong) > 4 * (wrong * (1 - wrong) / COUNT) ** 0.5
 
     def test_choices_are_independent(self) -> None:
         """Being chosen in one step says nothing about the next; false-alarm rate 6e-5."""
         source = NoiseSource.seeded(1, "steps")
-        one, two = source.chosen(COUNT, 0.3), source.chosen(COUNT, 0.3)
+        one, two = np.zeros((2, COUNT))
+        one[source.sampled(COUNT, 0.3)] = two[source.sampled(COUNT, 0.3)] = 1.0
         assert abs(np.corrcoef(one, two)[0, 1]) < 4 / COUNT**0.5
 
 
