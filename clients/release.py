@@ -22,7 +22,7 @@ from common.fixed_point import (
 from common.noise import NoiseSource
 from common.plan import Release
 
-_BLOCK = 2**15  # numbers that stay in the processor's cache
+_BLOCK = 2**16  # numbers that stay in the processor's cache
 
 
 def noisy_sum(  # noqa: PLR0913  # all but one by name
@@ -85,7 +85,7 @@ def noise_of_steps(
     event = release.event
     moved = lattice_sensitivity(event.sensitivity, length, release.steps, release.error)
     share = _share(moved * event.noise_multiplier, event.sensitivity, 1, release.steps)
-    several = min(max(_BLOCK // length, 1), steps)
+    several = -(-steps // -(-steps * length // _BLOCK))  # no small rest, which would cost more
     return noise.discrete_gaussian(several * length, share).reshape(several, length)
 
 

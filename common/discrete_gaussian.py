@@ -47,6 +47,7 @@ _BITS = 128  # resolution of a table's probabilities
 _PRECISION = 60  # decimal digits; 2^-128 takes 39, the recurrence loses 8
 _NEGLIGIBLE = Decimal("1e-50")  # weights below this are left out of the normalising sum
 _GUIDE_BITS = 16
+_ONES = np.uint64(2**64 - 1)
 
 # count -> so many uniform 64-bit words, each of which is given out once
 Words = Callable[[int], UInt64[np.ndarray, " count"]]
@@ -102,7 +103,8 @@ class Table:
         reach: Largest magnitude that is ever drawn.
         high: Upper 64 bits, ascending.
         low: Lower 64 bits.
-        following: Upper 64 bits of the threshold that follows; all ones after the last.
+        rest: Of the upper 64 bits those that follow the first 16, from the top; 16 zeros below.
+        following: The same of the next threshold, if it begins with the same 16 bits; else ones.
         guide: For the first 16 bits of a uniform, how many thresholds do not exceed it. Where
             that depends on the bits that follow, -1 less how many it is at least.
     """
@@ -110,6 +112,7 @@ class Table:
     reach: int
     high: UInt64[np.ndarray, " T"]
     low: UInt64[np.ndarray, " T"]
+    rest: UInt64[np.ndarray, " T"]
     following: UInt64[np.ndarray, " T"]
     guide: Int16[np.ndarray, " G"]
 
@@ -171,11 +174,14 @@ def base_table(stddev: float) -> Table:
     packed = b"".join(threshold.to_bytes(_BITS // 8, "big") for threshold in thresholds)
     words = np.frombuffer(packed, dtype=">u8").astype(np.uint64).reshape(-1, 2)
     high, low = np.ascontiguousarray(words[:, 0]), np.ascontiguousarray(words[:, 1])
-    following = np.append(high[1:], np.uint64(2**64 - 1))
-    guide = _guide(high)
-    for shared in (high, low, following, guide):
+    rest = high << np.uint64(_GUIDE_BITS)
+    prefixes = high >> np.uint64(64 - _GUIDE_BITS)
+    following = np.append(rest[1:], _ONES)
+    following[:-1][prefixes[1:] != prefixes[:-1]] = _ONES
+    guide = _guide(prefixes)
+    for shared in (high, low, rest, following, guide):
         shared.setflags(write=False)  # every caller gets this table
-    return Table(len(counts), high, low, following, guide)
+    return Table(len(counts), high, low, rest, following, guide)
 
 
 def _counts(stddev: float) -> list[int]:
@@ -192,9 +198,8 @@ def _counts(stddev: float) -> list[int]:
         return [count for count in rounded if count > 0]
 
 
-def _guide(high: UInt64[np.ndarray, " T"]) -> Int16[np.ndarray, " G"]:
+def _guide(prefixes: UInt64[np.ndarray, " T"]) -> Int16[np.ndarray, " G"]:
     starts = np.arange(2**_GUIDE_BITS, dtype=np.uint64)
-    prefixes = high >> np.uint64(64 - _GUIDE_BITS)
     least = np.searchsorted(prefixes, starts, side="left")
     most = np.searchsorted(prefixes, starts, side="right")
     return np.where(least == most, least, -1 - least).astype(np.int16)
@@ -214,31 +219,32 @@ def base_samples(
     Returns:
         How many thresholds do not exceed each uniform, less the reach.
     """
-    places: Int16[np.ndarray, " N"] = np.take(table.guide, prefixes)
+    places: Int16[np.ndarray, " N"] = table.guide.take(prefixes)
     unsure = np.flatnonzero(places < 0)
     if unsure.size:
-        prefix = prefixes[unsure].astype(np.uint64) << np.uint64(64 - _GUIDE_BITS)
-        upper = prefix | words(unsure.size) >> np.uint64(_GUIDE_BITS)
-        places[unsure] = _settle(table, upper, ~places[unsure], words)
+        places[unsure] = _settle(table, prefixes.take(unsure), ~places.take(unsure), words)
     places -= np.int16(table.reach)
     return places
 
 
 def _settle(
     table: Table,
-    upper: UInt64[np.ndarray, " N"],
+    prefixes: UInt16[np.ndarray, " N"],
     least: Int16[np.ndarray, " N"],
     words: Words,
 ) -> Int16[np.ndarray, " N"]:
-    """Count the thresholds that do not exceed uniforms with these upper 64 bits.
+    """Count the thresholds that do not exceed uniforms with these first 16 bits.
 
-    Nearly always only one threshold, number `least`, begins with the same 16 bits.
+    Nearly always only one threshold, number `least`, begins with the same bits.
     """
-    threshold = table.high[least]
-    places: Int16[np.ndarray, " N"] = least + (upper >= threshold).astype(np.int16)
-    hard = np.flatnonzero((upper == threshold) | (upper >= table.following[least]))
-    starts = np.searchsorted(table.high, upper[hard], side="left")
-    ends = np.searchsorted(table.high, upper[hard], side="right")
+    drawn, rest = words(least.size), table.rest.take(least)
+    places: Int16[np.ndarray, " N"] = least + (drawn >= rest)
+    equal = drawn - rest < 2**_GUIDE_BITS  # in what is compared; a difference below 0 is large
+    hard = np.flatnonzero(equal | (drawn >= table.following.take(least)))
+    prefix = prefixes[hard].astype(np.uint64) << np.uint64(64 - _GUIDE_BITS)
+    upper = prefix | drawn[hard] >> np.uint64(_GUIDE_BITS)
+    starts = np.searchsorted(table.high, upper, side="left")
+    ends = np.searchsorted(table.high, upper, side="right")
     places[hard] = starts
     for tie in np.flatnonzero(starts < ends):  # chance 2^-50 a sample, or less
         rivals = table.low[starts[tie] : ends[tie]]

@@ -15,9 +15,9 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from jaxtyping import Int64
 
-from common.discrete_gaussian import choose_plan, samples
+from common.discrete_gaussian import Plan, choose_plan, samples
 
-_SAMPLES = 2**16  # of a table at a time: what they take stays in the processor's cache
+_SAMPLES = 2**17  # of a table at a time: what they take stays in the processor's cache
 
 
 class NoiseSource:
@@ -52,7 +52,7 @@ class NoiseSource:
     def discrete_gaussian(self, count: int, stddev: float) -> Int64[np.ndarray, " count"]:
         """Return integers k with probability proportional to exp(-k^2 / (2 stddev^2)).
 
-        Drawn in blocks of 65,536 table samples. Of a block the first 16 bits of every uniform
+        Drawn in blocks of 131,072 table samples. Of a block the first 16 bits of every uniform
         come first, little-endian, the first table sample of each number before the second of
         each; then the words that `common.discrete_gaussian.base_samples` asks for.
 
@@ -68,14 +68,19 @@ class NoiseSource:
         `common.discrete_gaussian`.
         """
         plan = choose_plan(stddev)
-        numbers = np.empty(count, dtype=np.int64)
         at_once = _SAMPLES // plan.draws
+        if count <= at_once:
+            return self._block(plan, count)
+        numbers = np.empty(count, dtype=np.int64)
         for start in range(0, count, at_once):
             part = numbers[start : start + at_once]
-            bits = self._stream.update(bytes(2 * plan.draws * part.size))
-            prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, part.size)
-            part[:] = samples(plan, prefixes, self._words)
+            part[:] = self._block(plan, part.size)
         return numbers
+
+    def _block(self, plan: Plan, count: int) -> Int64[np.ndarray, " count"]:
+        bits = self._stream.update(bytes(2 * plan.draws * count))
+        prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, count)
+        return samples(plan, prefixes, self._words)
 
     def sampled(self, count: int, rate: float) -> Int64[np.ndarray, " chosen"]:
         """Return who is chosen of `count`, each with chance `rate` (to 2**-53), in random order.

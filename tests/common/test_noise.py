@@ -84,7 +84,7 @@ class TestKnownAnswers:
 
     def test_blocks(self) -> None:
         """What does not fit into a block is drawn as a draw of its own from the same stream."""
-        block = 2**16 // 4
+        block = 2**17 // 4
         source = NoiseSource(bytes(32))
         parts = [source.discrete_gaussian(count, 1e6).tolist() for count in (block, block, 5)]
         whole = NoiseSource(bytes(32)).discrete_gaussian(2 * block + 5, 1e6).tolist()
