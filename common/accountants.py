@@ -128,6 +128,51 @@ def pld_epsilon(mu: float, sampled: Sequence[tuple[float, float, int]], delta: f
     return float(composed.get_epsilon_for_delta(usable))
 
 
+class GrowingLoss:
+    """The same while sampled sums become more: what was composed is not composed again.
+
+    Args:
+        mu: Of the sums over all customers that are planned.
+        sampled: The sampled sums that are planned; they fix the grid.
+    """
+
+    def __init__(self, mu: float, sampled: Sequence[tuple[float, float, int]]) -> None:
+        self._interval = _interval(mu, sampled)
+        self._counts: dict[tuple[float, float], int] = {}
+        self._composed: Any = None
+
+    def epsilon(
+        self, mu: float, sampled: Sequence[tuple[float, float, int]], delta: float
+    ) -> float:
+        """Return an upper bound on epsilon.
+
+        Args:
+            mu: Of the sums over all customers.
+            sampled: The sampled sums, of which no kind is fewer than before.
+            delta: At which epsilon is told.
+
+        Raises:
+            AccountingError: As `pld_epsilon`, or some of what was composed is not there.
+        """
+        usable = _without_rounding(mu, sampled, delta)
+        now = {(sigma, rate): count for sigma, rate, count in sampled}
+        if any(now.get(kind, 0) < count for kind, count in self._counts.items()):
+            raise AccountingError("sampled sums that were composed are not there any more")
+        for kind, count in now.items():
+            more = count - self._counts.get(kind, 0)
+            if more:
+                self._composed = _together(self._composed, _steps(*kind, more, self._interval))
+                self._counts[kind] = count
+        whole = self._composed
+        if mu:
+            whole = _together(whole, _steps(1 / mu, 1.0, 1, self._interval))
+        return 0.0 if whole is None else float(whole.get_epsilon_for_delta(usable))
+
+
+def _together(one: Any, other: Any) -> Any:
+    return other if one is None else one.compose(other)
+
+
 def _without_rounding(
     mu: float, sampled: Sequence[tuple[float, float, int]], delta: float
 ) -> float:

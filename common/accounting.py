@@ -113,6 +113,8 @@ class RunningEpsilon:
         self._planned, self._delta = tuple(planned), delta
         self._ahead: tuple[Event, ...] = ()
         self._bound = 0.0
+        mu_squared, sampled = _parts(self._planned)
+        self._growing = accountants.GrowingLoss(math.sqrt(mu_squared), sampled) if sampled else None
 
     def bound(self, events: Iterable[Event]) -> float:
         """Return an upper bound on epsilon for `events`; raises `AccountingError` as `assess`."""
@@ -123,7 +125,9 @@ class RunningEpsilon:
             mu_squared, sampled = _parts(taken)
             sums = (GaussianSum(mu_squared**-0.5, 1.0),) if mu_squared else ()
             self._ahead = (*sums, *map(self._rounded_up, sampled))
-            self._bound = quick_epsilon(self._ahead, self._delta)
+            growing = self._growing
+            accountant = accountants.pld_epsilon if growing is None else growing.epsilon
+            self._bound = _quick(self._ahead, self._delta, accountant)
         return self._bound
 
     def _rounded_up(self, part: tuple[float, float, int]) -> Event:
@@ -339,13 +343,20 @@ def quick_epsilon(events: Iterable[Event], delta: float) -> float:
     Raises:
         AccountingError: As `assess`.
     """
+    return _quick(events, delta, accountants.pld_epsilon)
+
+
+def _quick(
+    events: Iterable[Event], delta: float, accountant: Callable[[float, Sampled, float], float]
+) -> float:
+    """Return an accountant's upper bound, or what is claimed where it gives none."""
     _check_delta(delta)
     mu_squared, sampled = _parts(events)
     mu = math.sqrt(mu_squared)
     if not sampled:
         return gaussian_epsilon(mu, delta)
     least = gaussian_epsilon(mu, delta) * (1 - 1e-6)
-    said = _opinion(lambda: accountants.pld_epsilon(mu, sampled, delta), least)
+    said = _opinion(lambda: accountant(mu, sampled, delta), least)
     return _assess_sampled(mu, sampled, delta).epsilon if isinstance(said, str) else said
 
 

@@ -806,13 +806,44 @@ class TestRunningEpsilon:
         """A run of 160 sampled sums asks the accountant some sixteen times."""
         asked = list[Any]()
         monkeypatch.setattr(
-            "common.accountants.pld_epsilon", lambda *given: asked.append(given) or len(asked)
+            "common.accountants.GrowingLoss.epsilon",
+            lambda _, *given: asked.append(given) or len(asked),
         )
         planned = [self.SAMPLED] * 160
         running = RunningEpsilon(planned, 1e-5)
         bounds = [running.bound(planned[: n + 1]) for n in range(160)]
         assert len(asked) == 16
         assert bounds == sorted(bounds)
+
+    @settings(max_examples=10, deadline=None)
+    @given(
+        st.lists(st.tuples(st.sampled_from([0, 1]), st.integers(1, 30)), min_size=1, max_size=6),
+        st.sampled_from([0.0, 0.05, 0.7]),
+        st.sampled_from([1e-5, 1e-8]),
+    )
+    def test_growing(self, pieces: list[tuple[int, int]], mu: float, delta: float) -> None:
+        """Composed piece by piece it is what is composed at once, in whatever order."""
+        kinds, counts = [(0.9, 0.05), (1.6, 0.2)], [0, 0]
+
+        def sampled() -> tuple[tuple[float, float, int], ...]:
+            return tuple((*kinds[k], counts[k]) for k in (0, 1) if counts[k])
+
+        planned = tuple((*kind, 180) for kind in kinds)
+        growing = accountants.GrowingLoss(mu, planned)
+        for kind, more in pieces:
+            counts[kind] += more
+            growing.epsilon(mu, sampled(), delta)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accountants, "_interval", lambda *_: growing._interval)
+            at_once = accountants.pld_epsilon(mu, sampled(), delta)
+        assert growing.epsilon(mu, sampled(), delta) == pytest.approx(at_once, rel=1e-6)
+
+    def test_growing_never_shrinks(self) -> None:
+        """What was composed cannot be taken out: that is an error, and no number."""
+        growing = accountants.GrowingLoss(0.0, ((1.2, 0.1, 20),))
+        growing.epsilon(0.0, ((1.2, 0.1, 20),), 1e-5)
+        with pytest.raises(AccountingError, match="not there any more"):
+            growing.epsilon(0.0, ((1.2, 0.1, 18),), 1e-5)
 
     def test_more_than_planned(self) -> None:
         """What was not planned is counted all the same."""
