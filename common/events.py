@@ -26,7 +26,7 @@ discrete Gaussian noise needs no event of its own.
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from common.errors import AccountingError
@@ -81,7 +81,7 @@ def to_document(event: Event) -> dict[str, Any]:
     {'kind': 'gaussian-sum', 'noise_multiplier': 2.0, 'sensitivity': 1.0, 'count': 1}
     """
     kind = next(name for name, cls in _KINDS.items() if type(event) is cls)
-    return {"kind": kind, **asdict(event)}
+    return {"kind": kind, **vars(event)}
 
 
 def from_document(document: dict[str, Any]) -> Event:
