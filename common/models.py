@@ -1,9 +1,8 @@
-"""The same networks as torch modules: for Opacus, and as a reference."""
+"""The same networks as torch modules: for Opacus, for export, and as a reference."""
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from opacus.validators import ModuleValidator
 from torch import nn
 
 from common.errors import ContractError
@@ -32,6 +31,8 @@ def validate_for_privacy(network: Network) -> None:
     Raises:
         ContractError: Opacus finds a layer that mixes rows.
     """
+    from opacus.validators import ModuleValidator
+
     errors = ModuleValidator.validate(torch_module(network, np.zeros(network.size)), strict=False)
     if errors:
         raise ContractError(f"model: Opacus cannot train it privately: {errors[0]}")
