@@ -58,6 +58,37 @@ class Table:
         return len(self.labels)
 
 
+@dataclass
+class _Block:
+    """Where the products of at most `BLOCK_ROWS` rows of a model are summed.
+
+    The first block is summed where the whole sum is wanted, each further one by itself first.
+    """
+
+    total: torch.Tensor
+    rows: int = 0
+    first: bool = True
+    empty: bool = True
+
+    def add(self, product: torch.Tensor, partial: torch.Tensor) -> None:
+        target = self.total if self.first else partial
+        if self.empty:
+            target.copy_(product)
+        else:
+            target += product
+        self.empty = False
+
+    def begin_another(self, partial: torch.Tensor) -> None:
+        if not (self.first or self.empty):
+            self.total += partial
+        self.rows, self.first, self.empty = 0, False, True
+
+    def finish(self, partial: torch.Tensor) -> None:
+        if self.first and self.empty:
+            self.total.zero_()  # no customers
+        self.begin_another(partial)
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Some rows of one model, next to each other in the buffers."""
@@ -147,6 +178,7 @@ class Kernel:
         tables: Sequence[Table],
         chosen: Sequence[Int[np.ndarray, " _"] | None],
         clip_norm: float,
+        out: Float64[np.ndarray, "K Q"] | None = None,
     ) -> Float64[np.ndarray, "K Q"]:
         """Sum, for each model, its customers' cross-entropy gradients, clipped to `clip_norm`.
 
@@ -155,22 +187,20 @@ class Kernel:
             tables: Of each model.
             chosen: For each model the rows to take, in this order; None for all.
             clip_norm: L2 bound C, in the unit of the gradient.
+            out: Where to put the sums, if anywhere in particular.
 
         Returns:
             One packed sum a row; zero where no customer is chosen. The caller's own.
         """
+        sums = np.empty_like(thetas) if out is None else out
         with self._lock:
-            count = len(thetas)
-            self._weights[:count] = torch.from_numpy(thetas)
-            self._total[:count].zero_()
-            self._partial[:count].zero_()
-            self._summed = [0] * count  # rows in what is summed partially
+            self._weights[: len(thetas)] = torch.from_numpy(thetas)
+            blocks = [_Block(row) for row in torch.from_numpy(sums)]
             for chunks in self._passes(tables, chosen):
-                self._pass(chunks, clip_norm)
-            sums: Float64[np.ndarray, "K Q"] = np.add(
-                self._total[:count].numpy(), self._partial[:count].numpy()
-            )
-            return sums
+                self._pass(chunks, blocks, clip_norm)
+            for block, partial in zip(blocks, self._partial, strict=False):
+                block.finish(partial)
+        return sums
 
     def _lay_out(self, aligned: int) -> None:
         """Make the models' padded weights, and room for two tiles."""
@@ -184,7 +214,6 @@ class Kernel:
         self._widths[-1] = wide, -(-high // vector) * vector
         size = sum(wide * high for wide, high in self._widths)
         self._weights = torch.zeros(self.models, size, dtype=self._type)
-        self._total = torch.zeros(self.models, size, dtype=torch.float64)
         self._partial = torch.zeros(self.models, size, dtype=torch.float64)
         self._product, self._other = torch.zeros(2, size, dtype=self._type)
         layers = self._layers(self._weights)
@@ -241,7 +270,7 @@ class Kernel:
         if chunks:
             yield chunks
 
-    def _pass(self, chunks: list[_Chunk], clip_norm: float) -> None:
+    def _pass(self, chunks: list[_Chunk], blocks: "list[_Block]", clip_norm: float) -> None:
         for chunk in chunks:
             self._fill(chunk)
         views = self._views_of(chunks[-1].first + chunks[-1].filled)
@@ -252,15 +281,13 @@ class Kernel:
         for deltas in views.deltas:
             deltas.mul_(views.factor)
         for chunk, part in zip(chunks, parts, strict=True):
-            partial = self._partial[chunk.model]
+            block, partial = blocks[chunk.model], self._partial[chunk.model]
+            if block.rows + self._most > BLOCK_ROWS:
+                block.begin_another(partial)
             for tiles in part.tiles:
                 self._sum(tiles)
-                partial += self._product
-            self._summed[chunk.model] += chunk.filled
-            if self._summed[chunk.model] + self._most > BLOCK_ROWS:
-                self._total[chunk.model] += partial
-                partial.zero_()
-                self._summed[chunk.model] = 0
+                block.add(self._product, partial)
+            block.rows += chunk.filled
 
     def _sum(self, tiles: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:
         """Add up some tiles' products, layer by layer."""
