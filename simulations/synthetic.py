@@ -75,6 +75,7 @@ PRESETS = {
     "smoke": Recipe(20, 50),
     "small": Recipe(100, 50),
     "default": Recipe(200, 500, size_sd=0.4),
+    "wide": Recipe(1000, 1000),
     "large": Recipe(500, 2000),
     "xl": Recipe(1000, 10_000),
 }

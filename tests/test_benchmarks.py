@@ -85,6 +85,22 @@ def test_the_workload_is_what_our_run_trains_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scale(tmp_path: Path) -> None:
+    """Both modes, each with its memory, in one JSON document."""
+    document = tmp_path / "scale.json"
+    command = [sys.executable, "-m", "benchmarks.scale", "--preset", "smoke", "--rounds", "2"]
+    environment = {**os.environ, **OFFLINE}
+    subprocess.run(
+        [*command, "--json", str(document)], cwd=ROOT, env=environment, check=True, timeout=500
+    )
+    found = json.loads(document.read_text(encoding="utf-8"))
+    assert found["runs"].keys() == {"distributed", "local"}
+    assert all(run["merchants"] == 20 for run in found["runs"].values())
+    assert 100 < found["peak_mib"] == max(run["peak_mib"] for run in found["runs"].values())
+    assert found["fits_into_4_gib"]
+
+
+@pytest.mark.slow
 def test_dp_step(tmp_path: Path) -> None:
     """Beside plain SGD and every mode of Opacus, in one JSON document."""
     document = tmp_path / "dp_step.json"
