@@ -147,6 +147,8 @@ class Kernel:
         tables: Sequence[Table],
         chosen: Sequence[Int[np.ndarray, " _"] | None],
         clip_norm: float,
+        *,
+        out: Float64[np.ndarray, "K Q"] | None = None,
     ) -> Float64[np.ndarray, "K Q"]:
         """Sum, for each model, its customers' cross-entropy gradients, clipped to `clip_norm`.
 
@@ -155,9 +157,10 @@ class Kernel:
             tables: Of each model.
             chosen: For each model the rows to take, in this order; None for all.
             clip_norm: L2 bound C, in the unit of the gradient.
+            out: Where the sums go; None for an array of the caller's own.
 
         Returns:
-            One packed sum a row; zero where no customer is chosen. The caller's own.
+            One packed sum a row; zero where no customer is chosen.
         """
         with self._lock:
             count = len(thetas)
@@ -168,7 +171,7 @@ class Kernel:
             for chunks in self._passes(tables, chosen):
                 self._pass(chunks, clip_norm)
             sums: Float64[np.ndarray, "K Q"] = np.add(
-                self._total[:count].numpy(), self._partial[:count].numpy()
+                self._total[:count].numpy(), self._partial[:count].numpy(), out=out
             )
             return sums
 
