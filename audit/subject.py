@@ -94,8 +94,8 @@ def twin(contract: Contract, columns: int, **sections: dict[str, Any]) -> Contra
 
     Plain sums show what secure ones mask; the noise shares stay those of the contract. Own steps
     (mode `local`) are plain SGD's, whose changes show the noisy sums; other optimizers work on the
-    very same sums. The further columns stand for categories that no real customer has; there canaries and planted
-    rows can be told apart.
+    very same sums. The further columns stand for categories that no real customer has; there
+    canaries and planted rows can be told apart.
 
     Raises:
         ContractError: The replaced keys make no valid contract.

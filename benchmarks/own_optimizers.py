@@ -31,22 +31,21 @@ from server.optimizers import Optimizer
 from simulations.federation import public_delta
 
 EPSILONS = (1.0, 4.0)
-SHAPES = ((60, 1, 1.0), (30, 5, 0.2), (10, 20, 0.2))  # rounds, own steps a round, sampling rate
+SHAPES = ((30, 5, 0.2), (20, 10, 0.1), (60, 1, 1.0))  # rounds, own steps a round, sampling rate
 OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "sgd": ({}, (0.1, 0.3, 1.0, 3.0)),
     "momentum": ({"local_momentum": 0.9}, (0.03, 0.1, 0.3, 1.0)),
     "adam": ({"local_optimizer": "adam"}, (0.001, 0.003, 0.01, 0.03)),
 }
-COORDINATORS = (("adam", 0.03), ("adam", 0.1), ("sgd", 1.0))
-_CHOOSING = 3  # federations that rates are chosen on
-_BATCH_AT_LEAST = 1.0
+COORDINATORS = (("adam", 0.03), ("sgd", 1.0))
+_CHOOSING = 2  # federations that rates are chosen on
 
 Job = tuple[dict[str, Any], float, int, int]
 
 
 @lru_cache(maxsize=32)
 def _release(rounds: int, steps: int, rate: float, epsilon: float, merchants: int) -> Release:
-    contract, stacks = _data("small", merchants, 0, 0)
+    contract, stacks = _data("default", merchants, 0, 0)
     customers = sum(int((~held_out).sum()) for _, _, held_out in stacks)
     training = {"mode": "local", "rounds": rounds, "local_steps": steps, "sampling_rate": rate}
     privacy = {"epsilon": epsilon, "delta": public_delta(customers)}
@@ -57,7 +56,7 @@ def accuracy(job: Job) -> float:
     """Train one federation; return the accuracy on its held-out customers."""
     candidate, epsilon, merchants, seed = job
     torch.set_num_threads(1)
-    contract, stacks = _data("small", merchants, 0, seed)
+    contract, stacks = _data("default", merchants, 0, seed)
     training = contract.revised(training={"mode": "local", **candidate}).training
     shape = (training.rounds, training.local_steps, training.sampling_rate)
     release = _release(*shape, epsilon, merchants)
@@ -73,7 +72,7 @@ def _trained(
     kernel = kernel_of(network_of(contract), len(stacks), "float32")
     tables = [kernel.table(x[~test], y[~test]) for x, y, test in stacks]
     average = sum(map(len, tables)) / len(tables)  # stands in for the noisy one
-    batch = max(average, _BATCH_AT_LEAST) * training.sampling_rate
+    batch = average * training.sampling_rate
     optimizer = Optimizer(training, initial_parameters(contract))
     for number in range(training.rounds):
         tasks = [

@@ -260,8 +260,8 @@ class Training(Section):
     )
     local_optimizer: Literal["sgd", "adam"] = Field(
         "sgd",
-        description="What turns noisy sums into a merchant's own steps (mode 'local'). Its state "
-        "begins anew in every round.",
+        description="What turns noisy sums into a merchant's own steps (mode 'local'); its state "
+        "begins anew in every round. Adam's decays are 0.9 and 0.99, as at the coordinator.",
     )
     local_learning_rate: Positive = Field(
         1.0, description="Learning rate of a merchant's own steps (mode 'local')."

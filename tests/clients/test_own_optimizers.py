@@ -53,9 +53,7 @@ def torch_steps(
     st.integers(0, 2**32),
 )
 @settings(deadline=None)
-def test_is_that_of_torch(
-    name: str, proximal: float, steps: int, size: float, seed: int
-) -> None:
+def test_is_that_of_torch(name: str, proximal: float, steps: int, size: float, seed: int) -> None:
     """Every step, for gradients of any size, some of them 0, with and without a proximal pull."""
     generator = np.random.default_rng(seed)
     start = generator.normal(size=(2, 30))
@@ -64,9 +62,7 @@ def test_is_that_of_torch(
         gradient[:, generator.random(30) < 0.2] = 0.0
     training = training_of(name, proximal=proximal)
     optimizer = OwnOptimizer(training, start)
-    for gradient, expected in zip(
-        gradients, torch_steps(training, start, gradients), strict=True
-    ):
+    for gradient, expected in zip(gradients, torch_steps(training, start, gradients), strict=True):
         optimizer.step(gradient.copy())
         if np.abs(expected).max() > MAX_PARAMETER:
             return

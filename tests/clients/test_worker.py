@@ -13,7 +13,7 @@ import torch
 
 import clients.worker
 from clients.kernel import kernel_of
-from clients.release import noise_of_steps
+from clients.release import noise_of_steps, noisy_sum
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from clients.training import clipped_gradient_sum
@@ -520,6 +520,39 @@ class TestLocalMode:
         update = from_lattice(multiples(worker, worker.answer(ask(worker))), lattice.step)
         expected = self.expected(worker, 7.0, steps, proximal)
         np.testing.assert_allclose(update, expected, atol=self.rounding(worker, 7.0, steps))
+
+    @pytest.mark.parametrize(
+        "optimizer", [{}, {"local_momentum": 0.9}, {"local_optimizer": "adam"}], ids=str
+    )
+    def test_opacus_takes_the_same_steps(
+        self, make_worker: MakeWorker, optimizer: dict[str, Any]
+    ) -> None:
+        """With Opacus' gradients the update follows from the noisy sums as well."""
+        training = {**self.LOCAL, **optimizer, "local_steps": 3, "proximal": 0.2}
+        worker = make_worker(contract_of(training={**training, "engine": "opacus"}))
+        lattice, _ = local_lattice(32, 200)
+        update = from_lattice(multiples(worker, worker.answer(ask(worker))), lattice.step)
+        contract, release = worker.contract, plan_of(worker.contract).update
+        noise = NoiseSource.seeded(1, "shop", UPDATE, 1, 0)
+        noise.spawn()
+        start = initial_parameters(contract)
+        theta = torch.from_numpy(start.copy())
+        stepper = self.stepper(contract.training, theta)
+        x, y = some_customers().part(held_out=False)
+        for _ in range(3):
+            sums = noisy_sum(
+                clipped_gradient_sum(network_of(contract), theta.numpy(), x, y, 1.5),
+                sensitivity=1.5,
+                noise_multiplier=release.event.noise_multiplier,
+                contributors=1,
+                noise=noise,
+                steps=release.steps,
+            )
+            gradient = from_lattice(sums, lattice_step(1.5, release.steps)) / 7.0
+            theta.grad = torch.from_numpy(gradient + 0.2 * (theta.numpy() - start))
+            stepper.step()
+        expected = theta.numpy() - start
+        np.testing.assert_allclose(update, expected, atol=self.rounding(worker, 7.0, 3))
 
     def test_divides_by_the_noisy_average(self, make_worker: MakeWorker) -> None:
         """The step is divided by the request's noisy number, not by the exact one."""
