@@ -33,8 +33,8 @@ from simulations.federation import public_delta
 EPSILONS = (1.0, 4.0)
 SHAPES = ((30, 5, 0.2), (20, 10, 0.1), (60, 1, 1.0))  # rounds, own steps a round, sampling rate
 OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "sgd": ({}, (0.1, 0.3, 1.0, 3.0)),
-    "momentum": ({"local_momentum": 0.9}, (0.03, 0.1, 0.3, 1.0)),
+    "sgd": ({}, (0.3, 0.5, 1.0, 1.5, 3.0)),
+    "momentum": ({"local_momentum": 0.9}, (0.1, 0.2, 0.3, 0.5, 0.8)),
     "adam": ({"local_optimizer": "adam"}, (0.001, 0.003, 0.01, 0.03)),
 }
 COORDINATORS = (("adam", 0.03), ("sgd", 1.0))

@@ -108,6 +108,13 @@ class TestHonestCode:
 ADAM = LOCAL.revised(training={"local_optimizer": "adam", "local_learning_rate": 0.01})
 
 
+def test_what_is_tried_shows_its_noisy_sums() -> None:
+    """Own steps are plain SGD's, whatever the contract's optimizer makes of their sums."""
+    for contract in (ADAM, LOCAL.revised(training={"local_momentum": 0.9})):
+        training = twin(contract, 4).training
+        assert (training.local_optimizer, training.local_momentum) == ("sgd", 0.0)
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_adam(subject: RealSubject, monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
     """Its step follows from the noisy sum; one that is made of something else is caught."""
