@@ -10,6 +10,7 @@ Every random test has a false-alarm rate of at most `PER_TEST`, all together at 
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt
@@ -20,12 +21,13 @@ from audit.bench import Bench, Check, Kind, certain_check, question, random_chec
 from audit.noise import noise_tests, several_steps_tests
 from audit.statistics import binomial_p_value
 from audit.subject import Subject, Table, twin
-from common.contract import Contract, Feature
+from common.contract import ADAM_EPSILON, Contract, Feature
 from common.events import PoissonGaussianSum
 from common.plan import EVALUATION
 
 COLUMNS = 512  # added to the contract's inputs
 _STEPS = 60  # whose batches are looked at
+_ADAM_RATE, _CLEAR = 0.01, 100  # a learning rate; lattice steps above which rounding is small
 
 
 def mechanism_tests(
@@ -56,6 +58,8 @@ def mechanism_tests(
     ]
     if single.training.sampling_rate < 1.0:
         checks += sampling_tests(bench)
+    if contract.training.local_optimizer == "adam":
+        checks.append(adam_test(bench))
     if steps > 1:
         several = twin(single, 0, training={"local_steps": steps})
         checks += several_steps_tests(Bench(subject, several, seed, random))
@@ -208,6 +212,31 @@ def sampling_tests(bench: Bench) -> list[Check]:
             "expected.",
         ),
     ]  # fmt: skip
+
+
+def adam_test(bench: Bench) -> Check:
+    """Adam's first step, under equal noise, is what the noisy sum of plain SGD's step gives.
+
+    Whatever else entered it, such as a sum without noise, would turn some numbers round.
+    """
+    kind, random, training = bench.update, bench.random, bench.contract.training
+    adam = {"local_optimizer": "adam", "local_learning_rate": _ADAM_RATE}
+    own = replace(bench, contract=bench.contract.revised(training=adam))
+    table = probes.table_of(random.uniform(-1.0, 1.0, size=(8, bench.contract.inputs)), label=1)
+    asked = [question(kind, 0, probes.loud(bench.network))]
+    plain, step = (
+        kind.lattice.from_ring(one.answers("adam", table, asked, same_noise=True)[0][0])
+        for one in (bench, own)
+    )
+    seen = np.abs(plain) >= _CLEAR
+    gradient = -plain[seen] * kind.lattice.step / training.local_learning_rate
+    expected = -_ADAM_RATE * gradient / (np.abs(gradient) + ADAM_EPSILON) / kind.lattice.step
+    wrong = int((np.abs(step[seen] - expected) > 2.0 + 1e-3 * np.abs(expected)).sum())
+    return certain_check(
+        "update: Adam's step", float(wrong + (not seen.any())), 0.0,
+        f"{wrong} of {int(seen.sum()):,} numbers of Adam's first step do not follow from the "
+        "noisy sum.",
+    )  # fmt: skip
 
 
 def _sampled(bench: Bench, kind: Kind) -> Bool[np.ndarray, "K R"]:

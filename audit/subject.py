@@ -92,9 +92,10 @@ class Subject(Protocol):
 def twin(contract: Contract, columns: int, **sections: dict[str, Any]) -> Contract:
     """Return the contract to try things with: plain sums, further columns, some keys replaced.
 
-    Plain sums show what secure ones mask; the noise shares stay those of the contract. The
-    further columns stand for categories that no real customer has; there canaries and planted
-    rows can be told apart.
+    Plain sums show what secure ones mask; the noise shares stay those of the contract. Own steps
+    (mode `local`) are plain SGD's, whose changes show the noisy sums; other optimizers work on the
+    very same sums. The further columns stand for categories that no real customer has; there
+    canaries and planted rows can be told apart.
 
     Raises:
         ContractError: The replaced keys make no valid contract.
@@ -105,6 +106,7 @@ def twin(contract: Contract, columns: int, **sections: dict[str, Any]) -> Contra
         "min_survivors": contract.min_survivors,
         "max_customers": max(contract.aggregation.max_customers, 20_000),
     }
+    document["training"] |= {"local_optimizer": "sgd", "local_momentum": 0.0}
     room = min(columns, MAX_FEATURES - len(contract.features))
     document["features"] = [
         *document["features"],

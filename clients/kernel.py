@@ -178,6 +178,7 @@ class Kernel:
         tables: Sequence[Table],
         chosen: Sequence[Int[np.ndarray, " _"] | None],
         clip_norm: float,
+        *,
         out: Float64[np.ndarray, "K Q"] | None = None,
     ) -> Float64[np.ndarray, "K Q"]:
         """Sum, for each model, its customers' cross-entropy gradients, clipped to `clip_norm`.
@@ -187,10 +188,10 @@ class Kernel:
             tables: Of each model.
             chosen: For each model the rows to take, in this order; None for all.
             clip_norm: L2 bound C, in the unit of the gradient.
-            out: Where to put the sums, if anywhere in particular.
+            out: Where the sums go; None for an array of the caller's own.
 
         Returns:
-            One packed sum a row; zero where no customer is chosen. The caller's own.
+            One packed sum a row; zero where no customer is chosen.
         """
         sums = np.empty_like(thetas) if out is None else out
         with self._lock:

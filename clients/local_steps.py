@@ -1,8 +1,8 @@
 """A merchant's own DP-SGD steps (mode `local`), for one merchant or many at once.
 
 A step: choose customers (Poisson), sum their clipped gradients, round the sum to the lattice and
-add integer noise, move the parameters. A merchant alone and the K-th of many take the very same
-steps, to the last bit.
+add integer noise, move the parameters (`clients.own_optimizers`). A merchant alone and the K-th
+of many take the very same steps, to the last bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,12 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from clients.kernel import Kernel, Table
+from clients.own_optimizers import OwnOptimizer, scale_of
 from clients.release import make_noisy, noise_of_steps
 from common.contract import Training
 from common.fixed_point import lattice_step
 from common.noise import NoiseSource
 from common.plan import Release
-
-MAX_PARAMETER = 1e6  # of a model that is accepted, and of one that is sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +49,14 @@ def local_updates(
     Args:
         kernel: For as many models as there are tasks.
         tasks: One a merchant.
-        training: Sampling rate, steps, learning rate, proximal pull.
+        training: Sampling rate, steps, and what `OwnOptimizer` reads.
         release: The planned release: clip norm, noise multiplier, lattice.
     """
     start = kernel.pack(np.stack([task.start for task in tasks]))
     tables = [task.table for task in tasks]
     unit = lattice_step(release.event.sensitivity, release.steps)
-    scales = np.array([[training.local_learning_rate * unit / task.batch] for task in tasks])
-    theta = start.copy()
+    scales = np.array([[scale_of(unit, task.batch)] for task in tasks])
+    optimizer, sums = OwnOptimizer(training, start), np.empty_like(start)
     sampling = [task.noise.spawn() for task in tasks]
     noise = [iter(_noise_rows(kernel, task, training.local_steps, release)) for task in tasks]
     for _ in range(training.local_steps):
@@ -65,17 +64,13 @@ def local_updates(
             stream.sampled(len(table), training.sampling_rate)
             for stream, table in zip(sampling, tables, strict=True)
         ]
-        sums = kernel.sums(theta, tables, chosen, release.event.sensitivity)
+        kernel.sums(optimizer.theta, tables, chosen, release.event.sensitivity, out=sums)
         for own, drawn in zip(sums, noise, strict=True):
             make_noisy(own, release, next(drawn))
         sums *= scales
         sums[:, kernel.padding] = 0.0  # what fills up a packed vector is no parameter
-        if training.proximal:
-            sums += training.local_learning_rate * training.proximal * (theta - start)
-        theta -= sums
-        # whether a merchant answers must not depend on its customers: never diverge
-        np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER, out=theta)
-    return kernel.unpack(theta - start)
+        optimizer.step(sums)
+    return kernel.unpack(optimizer.theta - start)
 
 
 def _noise_rows(

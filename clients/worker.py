@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 
 from clients.kernel import Kernel, Table, kernel_of
-from clients.local_steps import MAX_PARAMETER, Task, local_updates
+from clients.local_steps import Task, local_updates
+from clients.own_optimizers import MAX_PARAMETER, OwnOptimizer, scale_of
 from clients.release import noisy_sum
 from clients.secure_party import Masked, SecureParty
 from clients.secure_sum import Prepared
@@ -436,19 +437,16 @@ class Worker:
         """Take the same steps with Opacus' gradients."""
         release, noise, batch = charged.release, charged.noise, self._batch(charged.request)
         training, start = self.contract.training, charged.request.parameters
-        theta, sampling = start.copy(), noise.spawn()
+        optimizer, sampling = OwnOptimizer(training, start[None]), noise.spawn()
+        scale = scale_of(lattice_step(release.event.sensitivity, release.steps), batch)
         for _ in range(training.local_steps):
             rows = sampling.sampled(len(self._train[1]), training.sampling_rate)
             x, y = self._train[0][rows], self._train[1][rows]
-            exact = self._gradient_sum(self._network, theta, x, y, release.event.sensitivity)
-            gradient = from_lattice(
-                self._noisy(release, exact, noise),
-                lattice_step(release.event.sensitivity, release.steps),
-            )
-            pull = training.proximal * (theta - start)
-            theta = theta - training.local_learning_rate * (gradient / batch + pull)
-            theta = np.clip(theta, -MAX_PARAMETER, MAX_PARAMETER)
-        return theta - start
+            theta, clip_norm = optimizer.theta[0], release.event.sensitivity
+            exact = self._gradient_sum(self._network, theta, x, y, clip_norm)
+            optimizer.step(from_lattice(self._noisy(release, exact, noise), scale)[None])
+        changed: Float[np.ndarray, " P"] = optimizer.theta[0] - start
+        return changed
 
 
 def _occasion(request: SumRequest) -> Occasion:

@@ -34,6 +34,7 @@ Fraction = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=80)]
 
 MAX_COHORT = 200  # merchants of one secure sum
+ADAM_DECAYS, ADAM_EPSILON = (0.9, 0.99), 1e-8  # wherever the contract says Adam
 
 MEASURES = {
     "recency_days": "days from the last purchase to the end of the window",
@@ -257,8 +258,16 @@ class Training(Section):
         description="Learning rate of the coordinator's step. Default: 0.1 in mode 'distributed', "
         "0.03 in mode 'local', whose sums hold more noise.",
     )
+    local_optimizer: Literal["sgd", "adam"] = Field(
+        "sgd",
+        description="What turns noisy sums into a merchant's own steps (mode 'local'); its state "
+        "begins anew in every round. Adam's decays are 0.9 and 0.99, as at the coordinator.",
+    )
     local_learning_rate: Positive = Field(
         1.0, description="Learning rate of a merchant's own steps (mode 'local')."
+    )
+    local_momentum: Number = Field(
+        0.0, ge=0, lt=1, description="Momentum of local_optimizer 'sgd' (mode 'local')."
     )
     momentum: Number = Field(0.0, ge=0, lt=1, description="Momentum of optimizer 'sgd'.")
     averaging: Number = Field(
@@ -285,10 +294,14 @@ class Training(Section):
                 raise ValueError("mode 'distributed' takes all customers: sampling_rate must be 1")
             if self.local_steps != 1 or self.proximal != 0.0:
                 raise ValueError("local_steps and proximal belong to mode 'local'")
+            if self.local_optimizer != "sgd" or self.local_momentum:
+                raise ValueError("local_optimizer and local_momentum belong to mode 'local'")
         if self.local_learning_rate * self.proximal >= 1:
             raise ValueError("local_learning_rate * proximal must be below 1, or steps diverge")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum belongs to optimizer 'sgd'")
+        if self.local_momentum and self.local_optimizer != "sgd":
+            raise ValueError("local_momentum belongs to local_optimizer 'sgd'")
         return self
 
     @property

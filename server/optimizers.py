@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from common.contract import Training
+from common.contract import ADAM_DECAYS, ADAM_EPSILON, Training
 
-_BETA1, _BETA2, _TINY = 0.9, 0.99, 1e-8
+(_BETA1, _BETA2), _TINY = ADAM_DECAYS, ADAM_EPSILON
 
 
 @dataclass

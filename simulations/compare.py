@@ -203,8 +203,16 @@ def in_mode(contract: Contract, mode: str) -> Contract:
     """Return the contract in another mode; keys that only mode 'local' knows are reset."""
     if mode == "local":
         return contract.revised(training={"mode": mode})
-    full_batch = {"sampling_rate": 1.0, "local_steps": 1, "proximal": 0.0}
-    return contract.revised(training={"mode": mode, **full_batch})
+    return contract.revised(
+        training={
+            "mode": mode,
+            "sampling_rate": 1.0,
+            "local_steps": 1,
+            "proximal": 0.0,
+            "local_optimizer": "sgd",
+            "local_momentum": 0.0,
+        }
+    )
 
 
 def train_centrally(

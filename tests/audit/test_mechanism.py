@@ -8,6 +8,7 @@ import pytest
 from audit.bench import FALSE_ALARM, PER_TEST, Bench, Check, certain_check, random_check
 from audit.mechanism import (
     COLUMNS,
+    adam_test,
     encoding_tests,
     mechanism_tests,
     ring_tests,
@@ -26,6 +27,7 @@ from benchmarks.audit_faults import (
     contract_of,
     tried,
 )
+from clients.own_optimizers import OwnOptimizer
 from common.contract import Contract
 from simulations.audited import RealSubject
 
@@ -81,6 +83,9 @@ class TestHonestCode:
             contract_of(training={"engine": "opacus"}, model={"family": "linear"}),
             contract_of(model={"hidden": [16, 8], "activation": "tanh"}),
             contract_of(training={"mode": "local", "local_steps": 3, "proximal": 0.1}),
+            contract_of(training={"mode": "local", "local_steps": 3, "local_momentum": 0.9}),
+            contract_of(training={"mode": "local", "local_steps": 3, "local_optimizer": "adam",
+                                  "local_learning_rate": 0.01}),
             contract_of(federation={"name": "two", "min_merchants": 2}),
             contract_of(federation={"name": "many", "min_merchants": 106}),
             contract_of(aggregation={"ring_bits": 64, "colluders": 2}),
@@ -98,6 +103,32 @@ class TestHonestCode:
     def test_again_and_again(self) -> None:
         """The false-alarm rate lets no honest audit fail; the benchmark does it 100 times."""
         assert [audited(SMALL).failures for _ in range(25)] == [()] * 25
+
+
+ADAM = LOCAL.revised(training={"local_optimizer": "adam", "local_learning_rate": 0.01})
+
+
+def test_what_is_tried_shows_its_noisy_sums() -> None:
+    """Own steps are plain SGD's, whatever the contract's optimizer makes of their sums."""
+    for contract in (ADAM, LOCAL.revised(training={"local_momentum": 0.9})):
+        training = twin(contract, 4).training
+        assert (training.local_optimizer, training.local_momentum) == ("sgd", 0.0)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_adam(subject: RealSubject, monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """Its step follows from the noisy sum; one that is made of something else is caught."""
+    bench = bench_of(subject, ADAM.revised(training={"sampling_rate": rate}))
+    assert adam_test(bench).passed
+    step = OwnOptimizer.step
+
+    def without_most_noise(self: OwnOptimizer, gradient: np.ndarray) -> None:
+        if self._training.local_optimizer == "adam":
+            gradient[np.abs(gradient) < np.abs(gradient).max() / 2] = 0.0
+        step(self, gradient)
+
+    monkeypatch.setattr(OwnOptimizer, "step", without_most_noise)
+    assert not adam_test(bench).passed
 
 
 class TestFaults:

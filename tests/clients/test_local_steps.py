@@ -1,6 +1,7 @@
 """A merchant's own DP-SGD steps: alone as among many, and with the noise that is charged for."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from scipy import stats
 
 from clients.kernel import Kernel, Precision
-from clients.local_steps import MAX_PARAMETER, Task, local_updates
+from clients.local_steps import Task, local_updates
+from clients.own_optimizers import MAX_PARAMETER
 from common.contract import Training
 from common.events import GaussianSum, PoissonGaussianSum
 from common.fixed_point import float32_error, lattice_step, local_steps
@@ -18,6 +20,11 @@ from common.noise import NoiseSource
 from common.plan import UPDATE, Release
 
 NETWORK = Network((16, 32, 16, 5))
+OPTIMIZERS: list[dict[str, Any]] = [
+    {},
+    {"local_momentum": 0.9},
+    {"local_optimizer": "adam", "local_learning_rate": 0.01},
+]
 ALARM = 1e-6  # chance that a right noise fails a test, before the seed was fixed
 
 
@@ -60,12 +67,15 @@ class TestManyAtOnce:
     """Row k of many is the one alone."""
 
     @pytest.mark.parametrize("precision", ["float32", "float64"])
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
     @pytest.mark.parametrize(
         "changes", [{}, {"sampling_rate": 1.0}, {"proximal": 0.1, "local_steps": 7}], ids=str
     )
-    def test_bit_for_bit(self, precision: Precision, changes: dict[str, Any]) -> None:
+    def test_bit_for_bit(
+        self, precision: Precision, optimizer: dict[str, Any], changes: dict[str, Any]
+    ) -> None:
         """Ragged customers, Poisson batches, noise on: the very same bits."""
-        training = training_of(**changes)
+        training = training_of(**optimizer, **changes)
         release = release_of(training)
         sizes = [0, 3, 150, 1000, 77]
         many, one = Kernel(NETWORK, len(sizes), precision), Kernel(NETWORK, 1, precision)
@@ -120,12 +130,14 @@ class TestNoise:
         assert np.abs(correlations).max() < stats.norm.isf(ALARM / 12) / NETWORK.size**0.5
 
 
-@pytest.mark.parametrize("rate", [1e5, 1e-3])
-def test_never_diverges(rate: float) -> None:
-    """However absurd the learning rate, parameters stay within the bound."""
-    training = training_of(local_learning_rate=rate, local_steps=20)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("rate", [1e9, 1e5, 1e-3])
+@pytest.mark.parametrize("batch", [20.0, 5e-324, 1e308])
+def test_never_diverges(optimizer: dict[str, Any], rate: float, batch: float) -> None:
+    """However absurd the learning rate and the divisor, parameters stay within the bound."""
+    training = training_of(**{**optimizer, "local_learning_rate": rate, "local_steps": 20})
     kernel = Kernel(NETWORK, 1, "float32")
-    task = task_of(kernel, 0, 200)
+    task = replace(task_of(kernel, 0, 200), batch=batch)
     change = local_updates(kernel, [task], training, release_of(training))[0]
     assert np.isfinite(change).all()
     assert np.abs(task.start + change).max() <= MAX_PARAMETER * (1 + 1e-12)
@@ -138,10 +150,11 @@ def test_wide_noise_takes_a_finer_lattice_only_where_it_is_cheap() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("rate", [0.1, 1.0])
-def test_noise_does_not_depend_on_customers(rate: float) -> None:
+def test_noise_does_not_depend_on_customers(optimizer: dict[str, Any], rate: float) -> None:
     """With another number of customers, of whom none learns anything, the noise is the same."""
-    training = training_of(sampling_rate=rate, local_steps=9)
+    training = training_of(sampling_rate=rate, local_steps=9, **optimizer)
     kernel = Kernel(NETWORK, 1, "float32")
     changes = []
     for rows in (0, 1, 70):

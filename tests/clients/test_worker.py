@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 import clients.worker
 from clients.kernel import kernel_of
-from clients.release import noise_of_steps
+from clients.release import noise_of_steps, noisy_sum
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
 from clients.training import clipped_gradient_sum
@@ -20,7 +21,7 @@ from clients.worker import Customers, Worker, confusion_counts, profile_sums, se
 from common.accounting import epsilon
 from common.budget import Budget
 from common.chain import Head
-from common.contract import Contract, parse_contract
+from common.contract import Contract, Training, parse_contract
 from common.errors import (
     BudgetRefusal,
     DataError,
@@ -467,26 +468,36 @@ class TestLocalMode:
     LOCAL: ClassVar[dict[str, Any]] = {"rounds": 20, "mode": "local", "local_learning_rate": 0.5}
 
     def expected(self, worker: Worker, batch: float, steps: int, proximal: float) -> np.ndarray:
-        """Replay the steps from the noisy sums alone."""
+        """Replay the steps from the noisy sums alone, with the optimizers of torch."""
         contract, clip_norm = worker.contract, 1.5
         release = plan_of(contract).update
         noise = NoiseSource.seeded(1, "shop", UPDATE, 1, 0)
-        start = theta = initial_parameters(contract)
+        start = initial_parameters(contract)
+        theta = torch.from_numpy(start.copy())
+        stepper = self.stepper(contract.training, theta)
         x, y = some_customers().part(held_out=False)
         kernel = kernel_of(network_of(contract), 1, "float32")
         noise.spawn()  # whose stream says who is chosen: here all
         drawn = [*noise_of_steps(release, kernel.size, steps, noise)]
         assert len(drawn) == steps
         for _ in range(steps):
-            exact = clipped_gradient_sum(network_of(contract), theta, x, y, clip_norm)
+            exact = clipped_gradient_sum(network_of(contract), theta.numpy(), x, y, clip_norm)
             noisy = to_lattice(
                 kernel.pack(exact[None])[0], lattice_step(clip_norm, release.steps)
             ) + drawn.pop(0)
             noisy[kernel.padding] = 0
             flat = kernel.unpack(noisy[None].astype(np.float64))[0]
             gradient = flat * lattice_step(clip_norm, release.steps) / batch
-            theta = theta - 0.5 * (gradient + proximal * (theta - start))
-        return theta - start
+            theta.grad = torch.from_numpy(gradient + proximal * (theta.numpy() - start))
+            stepper.step()
+        return theta.numpy() - start
+
+    def stepper(self, training: Training, theta: torch.Tensor) -> torch.optim.Optimizer:
+        """Return torch's optimizer of the same settings."""
+        rate = training.local_learning_rate
+        if training.local_optimizer == "adam":
+            return torch.optim.Adam([theta], lr=rate, betas=(0.9, 0.99), eps=1e-8)
+        return torch.optim.SGD([theta], lr=rate, momentum=training.local_momentum)
 
     def rounding(self, worker: Worker, batch: float, steps: int) -> float:
         """Return how far float32 may be off: a lattice step a sum, and the update's own."""
@@ -496,16 +507,52 @@ class TestLocalMode:
         )
 
     @pytest.mark.parametrize(("steps", "proximal"), [(1, 0.0), (3, 0.0), (3, 0.2)])
+    @pytest.mark.parametrize(
+        "optimizer", [{}, {"local_momentum": 0.9}, {"local_optimizer": "adam"}], ids=str
+    )
     def test_is_made_of_noisy_sums(
-        self, make_worker: MakeWorker, steps: int, proximal: float
+        self, make_worker: MakeWorker, optimizer: dict[str, Any], steps: int, proximal: float
     ) -> None:
         """The update is what anybody could compute from the noisy sums."""
-        training = {**self.LOCAL, "local_steps": steps, "proximal": proximal}
+        training = {**self.LOCAL, **optimizer, "local_steps": steps, "proximal": proximal}
         worker = make_worker(contract_of(training=training))
         lattice, _ = local_lattice(32, 200)
         update = from_lattice(multiples(worker, worker.answer(ask(worker))), lattice.step)
         expected = self.expected(worker, 7.0, steps, proximal)
         np.testing.assert_allclose(update, expected, atol=self.rounding(worker, 7.0, steps))
+
+    @pytest.mark.parametrize(
+        "optimizer", [{}, {"local_momentum": 0.9}, {"local_optimizer": "adam"}], ids=str
+    )
+    def test_opacus_takes_the_same_steps(
+        self, make_worker: MakeWorker, optimizer: dict[str, Any]
+    ) -> None:
+        """With Opacus' gradients the update follows from the noisy sums as well."""
+        training = {**self.LOCAL, **optimizer, "local_steps": 3, "proximal": 0.2}
+        worker = make_worker(contract_of(training={**training, "engine": "opacus"}))
+        lattice, _ = local_lattice(32, 200)
+        update = from_lattice(multiples(worker, worker.answer(ask(worker))), lattice.step)
+        contract, release = worker.contract, plan_of(worker.contract).update
+        noise = NoiseSource.seeded(1, "shop", UPDATE, 1, 0)
+        noise.spawn()
+        start = initial_parameters(contract)
+        theta = torch.from_numpy(start.copy())
+        stepper = self.stepper(contract.training, theta)
+        x, y = some_customers().part(held_out=False)
+        for _ in range(3):
+            sums = noisy_sum(
+                clipped_gradient_sum(network_of(contract), theta.numpy(), x, y, 1.5),
+                sensitivity=1.5,
+                noise_multiplier=release.event.noise_multiplier,
+                contributors=1,
+                noise=noise,
+                steps=release.steps,
+            )
+            gradient = from_lattice(sums, lattice_step(1.5, release.steps)) / 7.0
+            theta.grad = torch.from_numpy(gradient + 0.2 * (theta.numpy() - start))
+            stepper.step()
+        expected = theta.numpy() - start
+        np.testing.assert_allclose(update, expected, atol=self.rounding(worker, 7.0, 3))
 
     def test_divides_by_the_noisy_average(self, make_worker: MakeWorker) -> None:
         """The step is divided by the request's noisy number, not by the exact one."""

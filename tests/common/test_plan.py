@@ -139,6 +139,13 @@ class TestPlan:
         assert plan.update.event.count == 4
         assert sum(e.count for e in plan.events() if e == _update_of(plan)) == 4 * plan.update.times
 
+    def test_own_optimizers_cost_nothing(self) -> None:
+        """What is made of noisy sums alters neither noise nor charges nor lattice."""
+        local = {"mode": "local", "rounds": 10, "local_steps": 4}
+        plain = plan_of(contract_of(training=local))
+        for changes in ({"local_momentum": 0.9}, {"local_optimizer": "adam"}):
+            assert plan_of(contract_of(training={**local, **changes})) == plain
+
     def test_sensitivities(self) -> None:
         """Updates move by the clip norm, everything else by one."""
         plan = plan_of(contract_of(privacy={"epsilon": 1.0, "delta": 1e-5, "clip_norm": 3.5}))

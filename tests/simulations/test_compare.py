@@ -238,7 +238,8 @@ def test_a_local_contract_with_sampling_can_be_compared(
     dataset: Dataset, contract: Contract
 ) -> None:
     """Keys of mode 'local' do not keep the other methods from being measured."""
-    local = contract.revised(training={"mode": "local", "local_steps": 2, "proximal": 0.1})
+    only_local = {"local_steps": 2, "proximal": 0.1, "local_optimizer": "adam"}
+    local = contract.revised(training={"mode": "local", **only_local})
     found = compare(Question(dataset, local, (1.0,), 1), lambda _step: None)
     assert ("distributed", 1.0) in {(row.method, row.epsilon) for row in found.rows}
 

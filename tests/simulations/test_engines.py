@@ -31,6 +31,15 @@ from simulations.run import run_rounds
 MODES: dict[str, dict[str, dict[str, Any]]] = {
     "distributed": {},
     "local": {"training": {"mode": "local", "local_steps": 2}},
+    "momentum": {"training": {"mode": "local", "local_steps": 2, "local_momentum": 0.9}},
+    "adam": {
+        "training": {
+            "mode": "local",
+            "local_steps": 2,
+            "local_optimizer": "adam",
+            "local_learning_rate": 0.01,
+        }
+    },
     "plain": {"aggregation": {"secure": False}},
     "opacus": {"training": {"engine": "opacus"}},
 }

@@ -153,11 +153,12 @@ class TestBooks:
         [
             {"mode": "distributed"},
             {"mode": "local"},
+            {"mode": "local", "local_optimizer": "adam", "local_learning_rate": 0.01},
             pytest.param(
                 {"mode": "local", "sampling_rate": 0.3, "local_steps": 2}, marks=pytest.mark.slow
             ),
         ],
-        ids=["distributed", "local", "sampled"],
+        ids=["distributed", "local", "local adam", "sampled"],
     )
     @pytest.mark.parametrize("secure", [True, False], ids=["secure", "plain"])
     def test_epsilon_is_that_of_all_ledger_entries(
