@@ -33,7 +33,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
-from jaxtyping import Int16, Int64, UInt16, UInt64
+from jaxtyping import Int, Int16, Int64, UInt16, UInt64
 
 from common.errors import AccountingError
 
@@ -269,8 +269,16 @@ def samples(
     whose parameter squared is `plan.variance`, if the bits are uniform.
     """
     drawn = base_samples(base_table(plan.base_stddev), prefixes.ravel(), words)
-    numbers = drawn.reshape(prefixes.shape).astype(np.int64)
+    rows: list[Int[np.ndarray, " count"]] = [*drawn.reshape(prefixes.shape)]
     for multiplier in plan.multipliers:
-        numbers = numbers[0::2] + np.int64(multiplier) * numbers[1::2]
-    first: Int64[np.ndarray, " count"] = numbers[0]
-    return first
+        rows = [_summed(*pair, multiplier) for pair in zip(rows[0::2], rows[1::2], strict=True)]
+    return rows[0].astype(np.int64, copy=False)
+
+
+def _summed(
+    one: Int[np.ndarray, " count"], other: Int[np.ndarray, " count"], multiplier: int
+) -> Int64[np.ndarray, " count"]:
+    total: Int64[np.ndarray, " count"] = other.astype(np.int64)
+    total *= multiplier
+    total += one
+    return total

@@ -52,9 +52,9 @@ class NoiseSource:
     def discrete_gaussian(self, count: int, stddev: float) -> Int64[np.ndarray, " count"]:
         """Return integers k with probability proportional to exp(-k^2 / (2 stddev^2)).
 
-        Drawn in blocks of 131,072 table samples. Of a block the first 16 bits of every uniform
-        come first, little-endian, the first table sample of each number before the second of
-        each; then the words that `common.discrete_gaussian.base_samples` asks for.
+        Drawn in equal blocks of at most 131,072 table samples. Of a block the first 16 bits of
+        every uniform come first, little-endian, the first table sample of each number before the
+        second of each; then the words that `common.discrete_gaussian.base_samples` asks for.
 
         Args:
             count: How many.
@@ -68,9 +68,10 @@ class NoiseSource:
         `common.discrete_gaussian`.
         """
         plan = choose_plan(stddev)
-        at_once = _SAMPLES // plan.draws
-        if count <= at_once:
+        blocks = -(-count * plan.draws // _SAMPLES)
+        if blocks <= 1:
             return self._block(plan, count)
+        at_once = -(-count // blocks)
         numbers = np.empty(count, dtype=np.int64)
         for start in range(0, count, at_once):
             part = numbers[start : start + at_once]

@@ -83,11 +83,14 @@ class TestKnownAnswers:
         assert NoiseSource(key).discrete_gaussian(count, stddev).tolist() == rows[0].tolist()
 
     def test_blocks(self) -> None:
-        """What does not fit into a block is drawn as a draw of its own from the same stream."""
-        block = 2**17 // 4
+        """What does not fit into a block is drawn in equal ones, from the same stream."""
+        whole_blocks = 2 * 2**17 // 4
+        count = whole_blocks + 7
         source = NoiseSource(bytes(32))
-        parts = [source.discrete_gaussian(count, 1e6).tolist() for count in (block, block, 5)]
-        whole = NoiseSource(bytes(32)).discrete_gaussian(2 * block + 5, 1e6).tolist()
+        sizes = [-(-count // 3)] * 2
+        sizes.append(count - sum(sizes))
+        parts = [source.discrete_gaussian(size, 1e6).tolist() for size in sizes]
+        whole = NoiseSource(bytes(32)).discrete_gaussian(count, 1e6).tolist()
         assert [number for part in parts for number in part] == whole
 
     def test_sampled(self) -> None:
