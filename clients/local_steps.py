@@ -15,10 +15,9 @@ from clients.kernel import Kernel, Table
 from clients.release import make_noisy, noise_of_steps
 from common.contract import Training
 from common.fixed_point import lattice_step
+from common.network import MAX_PARAMETER
 from common.noise import NoiseSource
 from common.plan import Release
-
-MAX_PARAMETER = 1e6  # of a model that is accepted, and of one that is sent
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import pandas as pd
 from common.contract import Contract, contract_toml, read_contract
 from common.errors import DataError
 from common.identity import Identity, Members, write_identity, write_members
+from common.start import START, read_start
 from server.archive import make_archive
 from simulations import cdnow, complete_journey, synthetic
 from simulations.catalogue import CATALOGUE, CatalogueEntry
@@ -42,6 +43,7 @@ class Dataset:
     provenance: str
     contract: Contract
     merchants: dict[str, pd.DataFrame]  # merchant id -> one row a customer
+    start: bytes | None = None  # the parameters that the contract names, if it does
 
     @property
     def customers(self) -> int:
@@ -79,9 +81,16 @@ def ready_contract(name: str) -> Contract:
     Raises:
         DataError: There is none of this name.
     """
+    return _ready(name)[0]
+
+
+def _ready(name: str) -> tuple[Contract, bytes | None]:
+    """Read a ready contract, and the parameters that it starts from."""
     _known(name, ready_contracts(), "ready contract")
-    with as_file(files("hansa") / "contracts" / f"{name}.toml") as path:
-        return read_contract(path)
+    with as_file(files("hansa") / "contracts") as folder:
+        path = folder / f"{name}.toml"
+        contract = read_contract(path)
+        return contract, read_start(path, contract)
 
 
 def load(  # noqa: PLR0913  # all but the first by name
@@ -124,7 +133,7 @@ def load(  # noqa: PLR0913  # all but the first by name
         seed=seed,
         plain=plain,
     )
-    contract, tables = _LOADERS[name](request)
+    contract, tables, start = _LOADERS[name](request)
     return Dataset(
         name=name,
         partition=request.partition,
@@ -133,6 +142,7 @@ def load(  # noqa: PLR0913  # all but the first by name
         provenance=entry.provenance,
         contract=contract,
         merchants=tables,
+        start=start,
     )
 
 
@@ -145,7 +155,7 @@ def _known(name: str | None, among: list[str], what: str) -> str:
     return name
 
 
-_Loaded = tuple[Contract, dict[str, pd.DataFrame]]
+_Loaded = tuple[Contract, dict[str, pd.DataFrame], bytes | None]
 
 
 def _load_complete_journey(request: _Request) -> _Loaded:
@@ -156,25 +166,26 @@ def _load_complete_journey(request: _Request) -> _Loaded:
             f"{request.entry.name}: partition '{partition}' has a fixed number of merchants "
             f"({request.entry.merchants[partition]}); leave `merchants` out"
         )
-    contracts = {label: ready_contract(f"{prefix}-{label}") for label in request.entry.labels}
+    ready = {label: _ready(f"{prefix}-{label}") for label in request.entry.labels}
+    contracts = {label: contract for label, (contract, _) in ready.items()}
     identity = [
         *complete_journey.SOURCE.files.values(),
         *(contract.sha256 for contract in contracts.values()),
     ]
     rows = cached(prefix, identity, lambda: complete_journey.customer_rows(partition, contracts))
     contract = _with_merchants(contracts[request.label], request)
-    return contract, _by_merchant(rows, contract)
+    return contract, _by_merchant(rows, contract), ready[request.label][1]
 
 
 def _load_cdnow(request: _Request) -> _Loaded:
-    contract = ready_contract(f"{request.entry.name}-{request.label}")
+    contract, start = _ready(f"{request.entry.name}-{request.label}")
     identity = [*cdnow.SOURCE.files.values(), contract.sha256]
     rows = cached(
         f"{request.entry.name}-{request.label}", identity, lambda: cdnow.customer_rows(contract)
     )
     contract = _with_merchants(contract, request)
     dealt = cdnow.deal(rows, contract.federation.min_merchants, request.seed)
-    return contract, _by_merchant(dealt, contract)
+    return contract, _by_merchant(dealt, contract), start
 
 
 def _load_synthetic(request: _Request) -> _Loaded:
@@ -188,13 +199,13 @@ def _load_synthetic(request: _Request) -> _Loaded:
             f"for fewer `merchants`, or read them one merchant at a time with "
             f"simulations.synthetic.stream"
         )
-    contract = ready_contract(f"{request.entry.name}-{request.label}")
+    contract, start = _ready(f"{request.entry.name}-{request.label}")
     contract = _with_merchants(contract, replace(request, merchants=count))
     contract = contract.revised(
         privacy={"delta": min(0.01, float(f"{recipe.expected**-1.1:.1e}"))},
         aggregation={"max_customers": max(20_000, int(float(f"{4 * recipe.expected:.0e}")))},
     )
-    return contract, dict(synthetic.stream(recipe, contract, request.seed))
+    return contract, dict(synthetic.stream(recipe, contract, request.seed)), start
 
 
 _LOADERS: dict[str, Callable[[_Request], _Loaded]] = {
@@ -242,7 +253,7 @@ def write_federation(
     Args:
         dataset: What to write.
         folder: New, or an empty folder; gets `contract.toml`, `members.toml`, `server/` and
-            `merchants/<id>/`.
+            `merchants/<id>/`, and `contract.start` where the contract names where to start.
         epsilon: Each merchant's cap; default the contract's epsilon.
         delta: Each merchant's cap; default the contract's delta.
         seed: Makes the merchants' noise repeatable, for simulations only.
@@ -268,6 +279,8 @@ def write_federation(
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         (building / "contract.toml").write_text(contract_toml(dataset.contract), encoding="utf-8")
+        if dataset.start is not None:
+            (building / START).write_bytes(dataset.start)
         coordinator = make_archive(building / "server")
         write_members(Members(keys, coordinator.public), building / "members.toml")
         for merchant, table in dataset.merchants.items():
