@@ -479,10 +479,15 @@ class Contract(Section):
     def revised(self, source: str = "revised contract", **sections: dict[str, Any]) -> "Contract":
         """Return a validated copy with some keys of some sections replaced.
 
+        Parameters to start from are a model's own: another model starts anew, unless its `start`
+        is among the changes.
+
         Raises:
             ContractError: The result would not be a valid contract; `source` starts the message.
         """
         document = self.model_dump(mode="json")
+        if "model" in sections:
+            document["model"]["start"] = None
         for section, changes in sections.items():
             document[section] = {**document[section], **changes}
         return parse_contract(document, source=source)

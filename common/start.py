@@ -20,6 +20,7 @@ from common.network import MAX_PARAMETER, initial_parameters, network_of
 
 SUFFIX = ".start"
 START = f"contract{SUFFIX}"  # beside `contract.toml`
+LEARNING_RATE = 0.03  # from a good start; 0.1 undoes most of it (benchmarks/defaults.py)
 _BYTES = 8
 
 
@@ -35,6 +36,24 @@ def start_path(contract: Path) -> Path:
 def to_bytes(theta: Float[np.ndarray, " P"]) -> bytes:
     """Return parameters as their file holds them."""
     return np.ascontiguousarray(theta, dtype="<f8").tobytes()
+
+
+def starting_from(contract: Contract, content: bytes) -> Contract:
+    """Return the contract that starts from parameters, as their file holds them.
+
+    A learning rate that is not stated becomes the one that suits a good start.
+
+    Raises:
+        ContractError: They are no parameters of the contract's model.
+    """
+    stated = contract.training.learning_rate
+    found = contract.revised(
+        contract.federation.name,
+        model={"start": hashlib.sha256(content).hexdigest()},
+        training={"learning_rate": LEARNING_RATE if stated is None else stated},
+    )
+    starting_parameters(found, content)
+    return found
 
 
 def read_start(path: Path, contract: Contract) -> bytes | None:

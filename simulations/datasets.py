@@ -17,7 +17,7 @@ import pandas as pd
 from common.contract import Contract, contract_toml, read_contract
 from common.errors import DataError
 from common.identity import Identity, Members, write_identity, write_members
-from common.start import START, read_start
+from common.start import START, SUFFIX, starting_from
 from server.archive import make_archive
 from simulations import cdnow, complete_journey, synthetic
 from simulations.catalogue import CATALOGUE, CatalogueEntry
@@ -81,16 +81,18 @@ def ready_contract(name: str) -> Contract:
     Raises:
         DataError: There is none of this name.
     """
-    return _ready(name)[0]
-
-
-def _ready(name: str) -> tuple[Contract, bytes | None]:
-    """Read a ready contract, and the parameters that it starts from."""
     _known(name, ready_contracts(), "ready contract")
-    with as_file(files("hansa") / "contracts") as folder:
-        path = folder / f"{name}.toml"
-        contract = read_contract(path)
-        return contract, read_start(path, contract)
+    with as_file(files("hansa") / "contracts" / f"{name}.toml") as path:
+        return read_contract(path)
+
+
+def ready_start(name: str) -> bytes | None:
+    """Return the parameters that `hansa pretrain` made for a ready contract, if they are there.
+
+    For generated sets only: to choose by what real customers show would cost them privacy.
+    """
+    path = files("hansa") / "contracts" / f"{name}{SUFFIX}"
+    return path.read_bytes() if path.is_file() else None
 
 
 def load(  # noqa: PLR0913  # all but the first by name
@@ -102,6 +104,7 @@ def load(  # noqa: PLR0913  # all but the first by name
     merchants: int | None = None,
     seed: int = 0,
     plain: bool = False,
+    warm: bool = False,
 ) -> Dataset:
     """Load or generate a built-in data set.
 
@@ -113,6 +116,8 @@ def load(  # noqa: PLR0913  # all but the first by name
         merchants: Number of merchants, for `cdnow` and `synthetic`.
         seed: Of what is drawn; Complete Journey draws nothing.
         plain: Sum without masks, which a single merchant needs.
+        warm: Start from parameters that were trained on customers out of a textbook, for sets
+            that the package brings them for, as the commands do.
 
     Raises:
         DataError: An option does not fit the data set, or its package is missing or changed.
@@ -133,7 +138,10 @@ def load(  # noqa: PLR0913  # all but the first by name
         seed=seed,
         plain=plain,
     )
-    contract, tables, start = _LOADERS[name](request)
+    contract, tables = _LOADERS[name](request)
+    start = ready_start(f"{name}-{request.label}") if warm else None
+    if start is not None:
+        contract = starting_from(contract, start)
     return Dataset(
         name=name,
         partition=request.partition,
@@ -155,7 +163,7 @@ def _known(name: str | None, among: list[str], what: str) -> str:
     return name
 
 
-_Loaded = tuple[Contract, dict[str, pd.DataFrame], bytes | None]
+_Loaded = tuple[Contract, dict[str, pd.DataFrame]]
 
 
 def _load_complete_journey(request: _Request) -> _Loaded:
@@ -166,26 +174,25 @@ def _load_complete_journey(request: _Request) -> _Loaded:
             f"{request.entry.name}: partition '{partition}' has a fixed number of merchants "
             f"({request.entry.merchants[partition]}); leave `merchants` out"
         )
-    ready = {label: _ready(f"{prefix}-{label}") for label in request.entry.labels}
-    contracts = {label: contract for label, (contract, _) in ready.items()}
+    contracts = {label: ready_contract(f"{prefix}-{label}") for label in request.entry.labels}
     identity = [
         *complete_journey.SOURCE.files.values(),
         *(contract.sha256 for contract in contracts.values()),
     ]
     rows = cached(prefix, identity, lambda: complete_journey.customer_rows(partition, contracts))
     contract = _with_merchants(contracts[request.label], request)
-    return contract, _by_merchant(rows, contract), ready[request.label][1]
+    return contract, _by_merchant(rows, contract)
 
 
 def _load_cdnow(request: _Request) -> _Loaded:
-    contract, start = _ready(f"{request.entry.name}-{request.label}")
+    contract = ready_contract(f"{request.entry.name}-{request.label}")
     identity = [*cdnow.SOURCE.files.values(), contract.sha256]
     rows = cached(
         f"{request.entry.name}-{request.label}", identity, lambda: cdnow.customer_rows(contract)
     )
     contract = _with_merchants(contract, request)
     dealt = cdnow.deal(rows, contract.federation.min_merchants, request.seed)
-    return contract, _by_merchant(dealt, contract), start
+    return contract, _by_merchant(dealt, contract)
 
 
 def _load_synthetic(request: _Request) -> _Loaded:
@@ -199,13 +206,13 @@ def _load_synthetic(request: _Request) -> _Loaded:
             f"for fewer `merchants`, or read them one merchant at a time with "
             f"simulations.synthetic.stream"
         )
-    contract, start = _ready(f"{request.entry.name}-{request.label}")
+    contract = ready_contract(f"{request.entry.name}-{request.label}")
     contract = _with_merchants(contract, replace(request, merchants=count))
     contract = contract.revised(
         privacy={"delta": min(0.01, float(f"{recipe.expected**-1.1:.1e}"))},
         aggregation={"max_customers": max(20_000, int(float(f"{4 * recipe.expected:.0e}")))},
     )
-    return contract, dict(synthetic.stream(recipe, contract, request.seed)), start
+    return contract, dict(synthetic.stream(recipe, contract, request.seed))
 
 
 _LOADERS: dict[str, Callable[[_Request], _Loaded]] = {
@@ -279,7 +286,7 @@ def write_federation(
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         (building / "contract.toml").write_text(contract_toml(dataset.contract), encoding="utf-8")
-        if dataset.start is not None:
+        if dataset.start is not None and dataset.contract.model.start is not None:
             (building / START).write_bytes(dataset.start)
         coordinator = make_archive(building / "server")
         write_members(Members(keys, coordinator.public), building / "members.toml")

@@ -128,7 +128,7 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
         notes,
         server,
         durable=False,
-        start=dataset.start,
+        start=None if contract.model.start is None else dataset.start,
     )
 
 

@@ -11,13 +11,9 @@ from jaxtyping import Float, Int
 
 from clients.training import clipped_gradient_sum
 from common.contract import Contract, Training
-from common.network import Network, initial_parameters, network_of, parameters_sha256
+from common.network import Network, initial_parameters, network_of
 from server.optimizers import Optimizer
 from simulations.textbook import Textbook, customers
-
-# Of the coordinator's Adam: a tenth of what suits a start from nothing would undo little, and the
-# default of mode 'distributed' would undo most (benchmarks/defaults.py).
-LEARNING_RATE = 0.03
 
 _BATCH = 512
 _EPOCHS = 30
@@ -64,18 +60,6 @@ def pretrained(contract: Contract, seed: int = 0) -> Pretrained:
         float(right.mean()),
         float((found.y[test] == most).mean()),
         found.unknown,
-    )
-
-
-def starting_from(contract: Contract, theta: Float[np.ndarray, " P"]) -> Contract:
-    """Return the contract that starts from these parameters.
-
-    A learning rate that is not stated becomes the one that suits a good start.
-    """
-    training = contract.training
-    rate = {} if training.learning_rate is not None else {"learning_rate": LEARNING_RATE}
-    return contract.revised(
-        contract.federation.name, model={"start": parameters_sha256(theta)}, training=rate
     )
 
 

@@ -57,6 +57,7 @@ class Origin:
                 merchants=self.merchants,
                 seed=self.seed,
                 plain=plain,
+                warm=True,
             )
             return replace(dataset, start=self.start or dataset.start)
         except HansaError as error:

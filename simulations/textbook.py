@@ -11,6 +11,7 @@ chosen by looking at customers must be paid for out of their budgets. Unlike
 `simulations.synthetic`, nothing here follows figures of any data set.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -181,14 +182,16 @@ def _gamma_of_shops(
     random: np.random.Generator,
 ) -> Vector:
     mean, shape = (_loguniform(of, SHOPS, random)[shop] for of in (means, shapes))
-    return random.gamma(shape, mean / shape)
+    rates: Vector = random.gamma(shape, mean / shape)
+    return rates
 
 
 def _loguniform(
     between: tuple[float, float], count: int, random: np.random.Generator
 ) -> Float[np.ndarray, " K"]:
-    low, high = np.log(between)
-    return np.asarray(np.exp(random.uniform(low, high, count)))
+    low, high = map(math.log, between)
+    found: Float[np.ndarray, " K"] = np.exp(random.uniform(low, high, count))
+    return found
 
 
 def _days(windows: Windows) -> tuple[float, float, float]:

@@ -33,6 +33,7 @@ def chosen_dataset(  # noqa: PLR0913  # all but the first by name
         merchants=merchants,
         seed=seed,
         plain=plain,
+        warm=True,
     )
 
 

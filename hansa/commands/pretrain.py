@@ -7,7 +7,7 @@ import typer
 from common.contract import contract_toml, read_contract
 from common.errors import ContractError
 from common.files import write_together
-from common.start import START, to_bytes
+from common.start import START, starting_from, to_bytes
 
 
 def run(path: Path, out: Path, seed: int) -> None:
@@ -21,11 +21,12 @@ def run(path: Path, out: Path, seed: int) -> None:
     for target in targets:
         if target.exists():
             raise ContractError(f"{target}: is there already; choose another --out")
-    from simulations.pretraining import pretrained, starting_from
+    from simulations.pretraining import pretrained
 
     found = pretrained(contract.revised(model={"start": None}), seed)
-    started = starting_from(contract, found.parameters)
-    contents = (to_bytes(found.parameters), contract_toml(started).encode())
+    start = to_bytes(found.parameters)
+    started = starting_from(contract, start)
+    contents = (start, contract_toml(started).encode())
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_together(dict(zip(targets, contents, strict=True)))
