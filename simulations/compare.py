@@ -129,7 +129,9 @@ def _answers(
     start = question.dataset.start
     yield "alone", None, _alone(contract, merchants, start, private=False)
     on_step(f"{where}: all customers in one place")
-    yield "pooled", None, _pooled(contract, merchants, start, private=False)
+    # with so many customers a start brings nothing: its settings were chosen without one
+    cold = contract.revised(model={"start": None})
+    yield "pooled", None, _pooled(cold, merchants, None, private=False)
     for epsilon in question.epsilons:
         private = contract.revised(privacy={"epsilon": epsilon})
         on_step(f"{where}: every merchant alone, epsilon {epsilon:g}")
