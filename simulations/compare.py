@@ -40,6 +40,10 @@ PLAIN_POOLED = {
     "mlp": Training(rounds=100, learning_rate=0.03, averaging=0.0),
 }
 _NO_CLIPPING = 1e12
+_STARTED = (
+    "Every method starts from the parameters that the contract names, which were trained on no "
+    "customer of these; 'pooled' without privacy starts from nothing, which is better for it."
+)
 _SIZE_GROUPS = 3
 
 
@@ -301,5 +305,6 @@ def _notes(contract: Contract) -> tuple[str, ...]:
         "evaluation, census and profiles.",
         "'alone' and 'pooled' without privacy are trained without clipping or noise, with steps "
         "and learning rate chosen on synthetic customers.",
+        *((_STARTED,) if contract.model.start is not None else ()),
         *((statements.MASKED_COMPARED,) if contract.aggregation.secure else ()),
     )

@@ -77,6 +77,20 @@ class TestPretrain:
         assert not (tmp_path / "w").exists()
 
 
+class TestContract:
+    """`hansa contract` with a contract that names a start."""
+
+    def test_it_says_whether_the_file_fits(self, warm: Path, tmp_path: Path) -> None:
+        """Merchants read the contract alone; a coordinator needs both."""
+        assert "contract.start fits" in hansa("contract", warm / "contract.toml").output
+        alone = tmp_path / "contract.toml"
+        alone.write_bytes((warm / "contract.toml").read_bytes())
+        assert "is not there; a coordinator needs it" in hansa("contract", alone).output
+        (tmp_path / "contract.start").write_bytes(b"")
+        with pytest.raises(ContractError, match=r"contract\.start: "):
+            hansa("contract", alone)
+
+
 class TestSimulate:
     """`hansa simulate` from a start, and the audit of it."""
 
