@@ -62,6 +62,8 @@ ADVICE = {
     "anchor-missing": _STOP + "A head that was noted earlier is not in this ledger any more.",
     "record-schema": _RECEIVED,
     "record-rewritten": _RECORD,
+    "start-differs": _RECORD + "Whoever chose other parameters to start from may have trained them "
+    "on customers.",
     "session-differs": _RECORD,
     "advert-invalid": _RECORD + "Somebody may have stood in for a merchant.",
     "below-threshold": _RECORD + "A sum over too few merchants hides each of them less.",

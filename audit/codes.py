@@ -53,6 +53,7 @@ CODES: dict[str, Severity] = {
     # the coordinator's record
     "record-schema": "fail",
     "record-rewritten": "fail",
+    "start-differs": "fail",
     "session-differs": "fail",
     "advert-invalid": "fail",
     "below-threshold": "fail",

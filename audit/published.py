@@ -141,7 +141,9 @@ def check_end(record: RunRecord, replayed: Replay, where: str, notes: Notebook) 
     final = sha256_of(replayed.model.published(record.contract.training.averaging))
     wanted = record.contract.training.rounds
     problem = replayed.problem
-    if not problem and record.end is not None and replayed.model.steps != wanted:
+    if not problem and record.start["parameters"] != sha256_of(record.first):
+        problem = "the record starts from another model than the contract says"
+    elif not problem and record.end is not None and replayed.model.steps != wanted:
         problem = f"the run ended after {replayed.model.steps} of {wanted} rounds"
     elif not problem and record.end not in {None, final}:
         problem = f"the final model, after round {wanted}, is not what the sums give"

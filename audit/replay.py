@@ -14,7 +14,6 @@ import numpy as np
 
 from audit.runs import RecordedSum
 from common.contract import Contract, Training
-from common.network import initial_parameters
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
 
 Vector = np.ndarray
@@ -84,9 +83,12 @@ class Replay:
     problem: str = ""  # the first thing that does not follow; empty if all does
 
 
-def replay(contract: Contract, sums: Sequence[RecordedSum]) -> Replay:
-    """Follow a run from its contract and its recorded sums, up to the first contradiction."""
-    state = Replay(Model.begin(initial_parameters(contract)))
+def replay(contract: Contract, first: Vector, sums: Sequence[RecordedSum]) -> Replay:
+    """Follow a run from its contract, where that starts, and its recorded sums.
+
+    Up to the first contradiction.
+    """
+    state = Replay(Model.begin(first))
     with np.errstate(all="ignore"):
         for recorded in sums:
             problem = _problem(contract, state, recorded)

@@ -11,12 +11,13 @@ from audit.codes import Flaw, Notebook
 from audit.reading import contract_of
 from common.chain import is_signed
 from common.contract import Contract
-from common.errors import AccountingError, SecureSumError
+from common.errors import AccountingError, ContractError, SecureSumError
 from common.events import Event, from_document
 from common.fixed_point import from_lattice
 from common.identity import Members
 from common.plan import Plan, Release, lattice_of, plan_of
 from common.session import Advert, Roster, session_context
+from common.start import START, starting_parameters
 
 RECORD = "run.jsonl"
 _SCHEMA = "record-schema"
@@ -103,6 +104,7 @@ class RunRecord:
     sessions: tuple[Session, ...]
     sums: tuple[RecordedSum, ...]
     end: str | None  # SHA-256 of the final model
+    first: np.ndarray  # parameters that the contract says to start from
     late: tuple[str, ...] = ()  # who came when the run was under way
 
     @property
@@ -140,8 +142,17 @@ def read_record(run: str, files: Mapping[str, bytes]) -> RunRecord:
         sessions=tuple(_session(n, one) for n, one in lines if one["kind"] == "session"),
         sums=tuple(_sum(n, one) for n, one in lines if one["kind"] == "sum"),
         end=ends[0] if ends else None,
+        first=_first(contract, files),
         late=tuple(name for _, one in lines if one["kind"] == "late" for name in one["merchants"]),
     )
+
+
+def _first(contract: Contract, files: Mapping[str, bytes]) -> np.ndarray:
+    """Return where the run must have started; the contract's hash says so, not who gives a file."""
+    try:
+        return starting_parameters(contract, files.get(START))
+    except ContractError as error:
+        raise Flaw("start-differs", str(error)) from None
 
 
 def _line(number: int, document: dict[str, Any]) -> dict[str, Any]:

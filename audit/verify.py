@@ -255,7 +255,7 @@ def _run(
     notes.check(enrolled, "not-enrolled", where, "a merchant of the run is not in members.toml")
     check_sessions(record, server.members, where, notes)
     check_sums(record, where, notes)
-    replayed = replay(record.contract, record.sums)
+    replayed = replay(record.contract, record.first, record.sums)
     check_end(record, replayed, where, notes)
     published = _published(record, files, where, notes)
     if published is not None:

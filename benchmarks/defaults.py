@@ -1,8 +1,11 @@
-"""Choose learning rate, rounds, clip norm, averaging and family on synthetic customers only.
+"""Choose start, learning rate, rounds, clip norm, averaging and family on synthetic customers only.
 
 The defaults of `common.contract.Training` and the shipped contracts come from here; no real
 customer was looked at. Every candidate is trained in one place with exactly the noise that the
 federation's sum would hold, which is the same distribution (one full-batch sum a round).
+
+A warm start was trained on customers out of a textbook (`simulations.textbook`), which know nothing
+of how synthetic customers are generated.
 
     python benchmarks/defaults.py > defaults.json
 """
@@ -26,6 +29,7 @@ from common.plan import plan_of
 from server.optimizers import Optimizer
 from simulations.datasets import load
 from simulations.federation import public_delta, tables_of
+from simulations.pretraining import pretrained
 from simulations.scores import scores_of
 
 GRID: dict[str, dict[str, list[Any]]] = {
@@ -35,6 +39,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
         "clip_norm": [0.5, 1.0, 2.0],
         "learning_rate": [0.03, 0.1, 0.2, 0.3],
         "averaging": [0.0, 0.9],
+        "warm": [False, True],
     },
     "local": {
         "family": ["mlp", "linear"],
@@ -42,6 +47,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
         "clip_norm": [0.5, 1.0, 2.0],
         "learning_rate": [0.01, 0.03, 0.1, 0.2],
         "averaging": [0.0, 0.9],
+        "warm": [False, True],
     },
     "alone": {
         "family": ["mlp", "linear"],
@@ -74,6 +80,13 @@ def _data(preset: str, merchants: int, extra: int, seed: int) -> tuple[Contract,
     return dataset.contract, stacks
 
 
+@lru_cache(maxsize=4)
+def _start(preset: str, merchants: int, extra: int, family: str) -> Any:
+    """Return parameters to start from; they depend on the contract's features and model alone."""
+    contract, _ = _data(preset, merchants, extra, 0)
+    return pretrained(contract.revised(model={"family": family})).parameters
+
+
 def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[str, Any]:
     """Train one candidate on one generated federation; return its scores."""
     what, candidate, preset, count, extra, seed, epsilon = job
@@ -90,11 +103,15 @@ def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[
             "delta": public_delta(customers),
         },
     )
+    first = None
+    if candidate.get("warm"):
+        first = _start(preset, count, extra, candidate["family"])
     groups = [[stack] for stack in merchants] if what == "alone" else [merchants]
     labels, probabilities = [], []
     for number, group in enumerate(groups):
         x, y, test = (np.concatenate(parts) for parts in zip(*group, strict=True))
-        theta = _train(what, contract, x[~test], y[~test], len(merchants), seed * 10_000 + number)
+        noise = np.random.default_rng(seed * 10_000 + number)
+        theta = _train(what, contract, (x[~test], y[~test]), len(merchants), noise, first)
         labels.append(y[test])
         probabilities.append(network_of(contract).probabilities(theta, x[test]))
     known = np.concatenate(labels)
@@ -102,7 +119,11 @@ def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[
     return {"accuracy": scores.accuracy, "auc": scores.auc}
 
 
-def _train(what: str, contract: Contract, x: Any, y: Any, merchants: int, seed: int) -> Any:
+def _train(
+    what: str, contract: Contract, rows: Any, merchants: int, noise: np.random.Generator, first: Any
+) -> Any:
+    """Train; `noise` stands in for the real noise while choosing."""
+    x, y = rows
     private = what in {"distributed", "local"}
     clip_norm = contract.privacy.clip_norm if private else 1e12
     shares = {"distributed": merchants / contract.noise_contributors, "local": merchants}
@@ -110,8 +131,8 @@ def _train(what: str, contract: Contract, x: Any, y: Any, merchants: int, seed: 
     if private:
         sigma = plan_of(contract).update.event.noise_multiplier
         stddev = sigma * clip_norm * np.sqrt(shares[what])
-    noise = np.random.default_rng(seed)  # stands in for the real noise while choosing
-    optimizer = Optimizer(contract.training, initial_parameters(contract))
+    first = initial_parameters(contract) if first is None else first
+    optimizer = Optimizer(contract.training, first)
     network = network_of(contract)
     for _ in range(contract.training.rounds):
         total = clipped_gradient_sum(network, optimizer.theta, x, y, clip_norm)

@@ -33,7 +33,7 @@ _FIGURES = ("accuracy", "macro_f1", "auc")
 def measure(setting: dict[str, Any], epsilon: float, seeds: int) -> list[dict[str, Any]]:
     """Return one row a method."""
     how = dict(setting)
-    dataset = load(how.pop("name"), plain=True, **how)
+    dataset = load(how.pop("name"), plain=True, warm=True, **how)
     delta = public_delta(training_customers(list(tables_of(dataset, dataset.contract).values())))
     contract = dataset.contract.revised(privacy={"delta": delta, "epsilon": epsilon})
     found = compare(Question(dataset, contract, (epsilon,), seeds), lambda _: None)

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from common.contract import ADAM_DECAYS, ADAM_EPSILON, Training
+from common.network import MAX_PARAMETER
 
-MAX_PARAMETER = 1e6  # of a model that is accepted, and of one that is sent
 _MAX_SCALE = 1e100  # times what a lattice holds, and squared, it is still finite
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from clients.kernel import Kernel, Table, kernel_of
 from clients.local_steps import Task, local_updates
-from clients.own_optimizers import MAX_PARAMETER, OwnOptimizer, scale_of
+from clients.own_optimizers import OwnOptimizer, scale_of
 from clients.release import noisy_sum
 from clients.secure_party import Masked, SecureParty
 from clients.secure_sum import Prepared
@@ -44,7 +44,7 @@ from common.fixed_point import (
 )
 from common.ledger import Ledger, whole_run
 from common.models import validate_for_privacy
-from common.network import network_of, parameters_sha256
+from common.network import MAX_PARAMETER, network_of, parameters_sha256
 from common.noise import NoiseSource
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, lattice_of, plan_of
 from common.wire import (

@@ -52,6 +52,15 @@ MEASURES = {
 }
 
 
+# Keys that came later, with the default that means "as before them". At it they are left out of
+# the hash, so that contracts that merchants agreed on before keep theirs.
+_LATER: tuple[tuple[str, str, object], ...] = (
+    ("model", "start", None),
+    ("training", "local_optimizer", "sgd"),
+    ("training", "local_momentum", 0.0),
+)
+
+
 class Section(BaseModel):
     """A frozen part of the contract that knows no keys but its own."""
 
@@ -215,6 +224,12 @@ class Model(Section):
         description="Sizes of the hidden layers (mlp).",
     )
     activation: Literal["relu", "tanh"] = Field("relu", description="Activation of hidden layers.")
+    start: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None,
+        description="SHA-256 of the parameters that training starts from, which lie beside the "
+        "contract in a file that ends in `.start` (`hansa pretrain` makes both). Default: "
+        "parameters that everybody computes from the contract's hash.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Model":
@@ -467,19 +482,29 @@ class Contract(Section):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over the canonical JSON of the validated contract, defaults included."""
-        canonical = json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-        )
+        """SHA-256 over the canonical JSON of the validated contract, defaults included.
+
+        Keys of `_LATER` are in it where they differ from their defaults.
+        """
+        document = self.model_dump(mode="json")
+        for section, key, default in _LATER:
+            if document[section][key] == default:
+                del document[section][key]
+        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def revised(self, source: str = "revised contract", **sections: dict[str, Any]) -> "Contract":
         """Return a validated copy with some keys of some sections replaced.
 
+        Parameters to start from are a model's own: another model starts anew, unless its `start`
+        is among the changes.
+
         Raises:
             ContractError: The result would not be a valid contract; `source` starts the message.
         """
         document = self.model_dump(mode="json")
+        if "model" in sections:
+            document["model"]["start"] = None
         for section, changes in sections.items():
             document[section] = {**document[section], **changes}
         return parse_contract(document, source=source)

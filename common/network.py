@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from common.contract import Contract
 
+MAX_PARAMETER = 1e6  # of a model that merchants accept, and of one that they send
 _BLOCK_ROWS = 2048  # keeps the temporaries of `row_by_row` in the processor's cache
 
 

@@ -252,6 +252,20 @@ def contract(
 
 
 @app.command()
+def pretrain(
+    path: Annotated[Path, typer.Argument(help="The contract file.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for contract.toml and contract.start.")
+    ],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of generated customers.")] = 0,
+) -> None:
+    """Train a start on generated customers, which costs no privacy; write the contract for it."""
+    from hansa.commands.pretrain import run
+
+    run(path, out, seed)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed

@@ -3,7 +3,8 @@
 Run configuration: `contract` (path of the contract file) or `federation` (a folder that holds
 `contract.toml`), `out` (folder of the bundle; default `bundle` beside the contract) and `server`
 (the coordinator's own folder; default `server` beside the contract). The list of enrolled
-members, `members.toml`, lies beside the contract. Nothing in either can change what a merchant
+members, `members.toml`, lies beside the contract, and so does what it starts from
+(`common.start`). Nothing in either can change what a merchant
 spends, or whom it is summed with. A simulation that made its merchants sets `durable` to false:
 then neither they nor the coordinator wait for the disk.
 
@@ -25,6 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.contract import Contract, read_contract
 from common.errors import HansaError, RunError
 from common.identity import read_members
+from common.start import read_start
 from server.archive import Archive, open_archive
 from server.circumstances import Circumstances, Stopped, go_on
 from server.coordinator import Coordinator
@@ -92,7 +94,8 @@ def _simulated(
     contract = read_contract(places.contract)
     members = read_members(places.contract.parent / "members.toml")
     archive = open_archive(places.own, durable=durable)
-    outcome = Coordinator(grid, contract, on_round, members, archive).run()
+    start = read_start(places.contract, contract)
+    outcome = Coordinator(grid, contract, on_round, members, archive, start=start).run()
     on_outcome(outcome, contract, places.out, archive)
 
 
@@ -122,7 +125,10 @@ def _deployed(
             _RESEND_S,
         )
         patient = PatientGrid(grid, partial(go_on, keeper))
-        outcome = Coordinator(patient, contract, on_round, members, archive, circumstances).run()
+        start = read_start(places.contract, contract)
+        outcome = Coordinator(
+            patient, contract, on_round, members, archive, circumstances, start
+        ).run()
         bundle = places.out / outcome.run
         on_outcome(outcome, contract, bundle, archive)
         lease.finish(str(bundle))

@@ -2,7 +2,8 @@
 
     <folder>/identity.key       private, mode 0600; merchants pin its public half as the witness
     <folder>/witness.sqlite     heads of the merchants' ledgers
-    <folder>/runs/<run>/        contract.toml, run.jsonl (docs/evidence.md), bundle/
+    <folder>/runs/<run>/        contract.toml, run.jsonl (docs/evidence.md), bundle/, and
+                                contract.start where the contract names where to start
 
 A record holds what everybody may see: noisy sums over many merchants and who took part. From it
 an auditor works out the published model again.
@@ -24,6 +25,7 @@ from jaxtyping import Int
 from common.contract import Contract, contract_toml
 from common.errors import ArchiveError, RunError
 from common.identity import Identity, Members, read_identity, write_identity
+from common.start import START
 from common.versions import code_sha256, hansa_version
 from server.witness import Witness
 
@@ -50,13 +52,27 @@ class RunRecord:
         except OSError as error:
             raise ArchiveError(f"{folder}: cannot be made ({error.strerror})") from None
 
-    def start(self, run: str, contract: Contract, merchants: list[str], parameters: str) -> None:
-        """Note a run's contract, and who takes part."""
-        path = self._folder / "contract.toml"
-        try:
-            path.write_text(contract_toml(contract), encoding="utf-8")
-        except OSError as error:
-            raise ArchiveError(f"{path}: cannot be written ({error.strerror})") from None
+    def start(
+        self,
+        run: str,
+        contract: Contract,
+        merchants: list[str],
+        parameters: str,
+        start: bytes | None = None,
+    ) -> None:
+        """Note a run's contract, where it starts from if the contract says so, and who takes part.
+
+        Raises:
+            ArchiveError: It cannot be written.
+        """
+        contents = {"contract.toml": contract_toml(contract).encode()}
+        contents |= {} if start is None else {START: start}
+        for name, content in contents.items():
+            path = self._folder / name
+            try:
+                path.write_bytes(content)
+            except OSError as error:
+                raise ArchiveError(f"{path}: cannot be written ({error.strerror})") from None
         self._note(
             kind="start",
             run=run,

@@ -21,7 +21,7 @@ from common.errors import ArchiveError, RunError, SecureSumError
 from common.events import Event, to_document
 from common.fixed_point import Lattice, from_lattice
 from common.identity import Members
-from common.network import initial_parameters, parameters_sha256
+from common.network import parameters_sha256
 from common.plan import (
     CENSUS,
     EVALUATION,
@@ -32,6 +32,7 @@ from common.plan import (
     lattice_of,
     plan_of,
 )
+from common.start import starting_parameters
 from common.wire import SumRequest
 from server import checkpoint
 from server.archive import Archive
@@ -58,12 +59,14 @@ class Coordinator:
         members: Who is enrolled, and pinned this coordinator as witness.
         archive: The coordinator's own folder.
         circumstances: Of a deployed run.
+        start: What lies beside the contract, where it names parameters to start from.
 
     Raises:
         RunError: The members pinned another witness, or the run cannot be recorded.
+        ContractError: `start` is not what the contract names.
     """
 
-    def __init__(  # the last for the rare caller
+    def __init__(  # noqa: PLR0913, PLR0917  # the last two for the rare caller
         self,
         grid: Grid,
         contract: Contract,
@@ -71,8 +74,11 @@ class Coordinator:
         members: Members,
         archive: Archive,
         circumstances: Circumstances = SIMULATED,
+        start: bytes | None = None,
     ) -> None:
         archive.check_pinned(members)
+        self._start = None if contract.model.start is None else start
+        begin = starting_parameters(contract, start)
         self._contract = contract
         self._sha256 = contract.sha256
         self._on_round = on_round
@@ -82,7 +88,7 @@ class Coordinator:
         self._most_customers = 0.0  # all that there may be, noise allowed for
         self._keeper, self._wait_s = circumstances.keeper, circumstances.wait_s
         run = secrets.token_hex(8) if self._keeper is None else self._keeper.run
-        self._outcome = Outcome(run, initial_parameters(contract), 0.0)
+        self._outcome = Outcome(run, begin, 0.0)
         self._optimizer = Optimizer(contract.training, self._outcome.parameters)
         self._asking = _NOTHING  # the attempt at a sum that is under way
         self._asked: set[str] = set()  # merchants that may have been asked in it
@@ -147,7 +153,7 @@ class Coordinator:
         outcome.repeatable = self._attendance.repeatable
         outcome.merchants = sorted(self._cohort.members.values())
         first = parameters_sha256(outcome.parameters)
-        self._record.start(outcome.run, self._contract, outcome.merchants, first)
+        self._record.start(outcome.run, self._contract, outcome.merchants, first, self._start)
         self._save()
 
     def _take_late(self) -> None:

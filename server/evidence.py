@@ -13,6 +13,7 @@ from common.bundle import MANIFEST
 from common.errors import RunError
 from common.evidence import COORDINATOR, write_evidence
 from common.identity import Members, members_toml, read_members
+from common.start import START
 from common.versions import code_sha256, hansa_version
 from server.archive import Archive, open_archive
 
@@ -87,6 +88,8 @@ def _run_files(run: Path) -> Iterator[tuple[str, bytes]]:
     whole = record[: record.rfind(b"\n") + 1]
     yield f"runs/{run.name}/contract.toml", contract
     yield f"runs/{run.name}/run.jsonl", whole
+    if (run / START).is_file():
+        yield f"runs/{run.name}/{START}", (run / START).read_bytes()
     for path in _bundle_files(run / "bundle"):
         yield f"runs/{run.name}/bundle/{path.name}", path.read_bytes()
 

@@ -45,6 +45,7 @@ def model_card(outcome: Outcome, contract: Contract, documents: dict[str, dict[s
         "- segments: " + ", ".join(f"{i} {n}" for i, n in enumerate(contract.segments.names)),
         f"- training: mode '{contract.training.mode}', {len(outcome.cohorts)} rounds, "
         f"clip norm {contract.privacy.clip_norm:g}",
+        *_start(contract),
         "",
         "## Quality on held-out customers (noisy)",
         "",
@@ -59,6 +60,16 @@ def model_card(outcome: Outcome, contract: Contract, documents: dict[str, dict[s
         "",
     ]
     return "\n".join(lines)
+
+
+def _start(contract: Contract) -> list[str]:
+    """Tell of parameters that the contract names; how they came about, no hash can tell."""
+    if contract.model.start is None:
+        return []
+    return [
+        f"- start: parameters `{contract.model.start}`, agreed on in the contract; the epsilon "
+        "above counts what this run released, not what they were trained on"
+    ]
 
 
 def _towards_server(privacy: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 
+from common.contract import read_contract
 from common.errors import ServiceError
+from common.start import read_start
 from server.certificates import read_certificate, read_pair
 from server.services import LOOPBACK, Places
 from server.settings import Settings
@@ -31,6 +33,7 @@ def check_ready(folder: Path, settings: Settings, now: datetime | None = None) -
     """
     places = Places(folder)
     _check_files(places)
+    read_start(places.contract, read_contract(places.contract))
     _check_certificates(places, now or datetime.now(UTC))
     _check_ports(settings)
 

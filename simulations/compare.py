@@ -19,9 +19,10 @@ from clients.training import clipped_gradient_sum
 from common import statements
 from common.contract import Contract, Training
 from common.fixed_point import STEPS_PER_UNIT, from_lattice, lattice_step
-from common.network import initial_parameters, network_of
+from common.network import network_of
 from common.noise import NoiseSource
 from common.plan import plan_of
+from common.start import starting_parameters
 from server.optimizers import Optimizer
 from simulations.datasets import Dataset
 from simulations.federation import assemble, public_delta, tables_of, training_customers
@@ -39,6 +40,10 @@ PLAIN_POOLED = {
     "mlp": Training(rounds=100, learning_rate=0.03, averaging=0.0),
 }
 _NO_CLIPPING = 1e12
+_STARTED = (
+    "Every method starts from the parameters that the contract names, which were trained on no "
+    "customer of these; 'pooled' without privacy starts from nothing, which is better for it."
+)
 _SIZE_GROUPS = 3
 
 
@@ -125,18 +130,21 @@ def _answers(
         known = merchants.previous[test]  # nothing to go by: the most common segment
         yield "last-period", None, np.eye(segments)[np.where(known >= 0, known, majority)]
     on_step(f"{where}: every merchant alone")
-    yield "alone", None, _alone(contract, merchants, private=False)
+    start = question.dataset.start
+    yield "alone", None, _alone(contract, merchants, start, private=False)
     on_step(f"{where}: all customers in one place")
-    yield "pooled", None, _pooled(contract, merchants, private=False)
+    # with so many customers a start brings nothing: its settings were chosen without one
+    cold = contract.revised(model={"start": None})
+    yield "pooled", None, _pooled(cold, merchants, None, private=False)
     for epsilon in question.epsilons:
         private = contract.revised(privacy={"epsilon": epsilon})
         on_step(f"{where}: every merchant alone, epsilon {epsilon:g}")
-        yield "alone", epsilon, _alone(private, merchants, private=True)
+        yield "alone", epsilon, _alone(private, merchants, start, private=True)
         for mode in ("local", "distributed"):
             on_step(f"{where}: federated {mode}, epsilon {epsilon:g}")
             yield mode, epsilon, _federated(question.dataset, private, mode, merchants)
         on_step(f"{where}: all customers in one place, epsilon {epsilon:g}")
-        yield "pooled", epsilon, _pooled(private, merchants, private=True)
+        yield "pooled", epsilon, _pooled(private, merchants, start, private=True)
 
 
 def _stacked(tables: list[CustomerTable], contract: Contract) -> Merchants:
@@ -156,7 +164,9 @@ def _stacked(tables: list[CustomerTable], contract: Contract) -> Merchants:
     )
 
 
-def _alone(contract: Contract, merchants: Merchants, *, private: bool) -> Float[np.ndarray, "T S"]:
+def _alone(
+    contract: Contract, merchants: Merchants, start: bytes | None, *, private: bool
+) -> Float[np.ndarray, "T S"]:
     """Train one model a merchant on its own customers; each scores its own held-out ones."""
     network = network_of(contract)
     result = np.zeros((len(merchants.y), network.dims[-1]))
@@ -168,12 +178,15 @@ def _alone(contract: Contract, merchants: Merchants, *, private: bool) -> Float[
             merchants.y[rows],
             PLAIN_ALONE[contract.model.family],
             private=private,
+            start=start,
         )
         result[test] = network.probabilities(theta, merchants.x[test])
     return np.asarray(result[merchants.test])
 
 
-def _pooled(contract: Contract, merchants: Merchants, *, private: bool) -> Float[np.ndarray, "T S"]:
+def _pooled(
+    contract: Contract, merchants: Merchants, start: bytes | None, *, private: bool
+) -> Float[np.ndarray, "T S"]:
     """Train one model on all customers in one place, which nobody would allow."""
     train = ~merchants.test
     theta = train_centrally(
@@ -182,6 +195,7 @@ def _pooled(contract: Contract, merchants: Merchants, *, private: bool) -> Float
         merchants.y[train],
         PLAIN_POOLED[contract.model.family],
         private=private,
+        start=start,
     )
     return network_of(contract).probabilities(theta, merchants.x[merchants.test])
 
@@ -222,8 +236,9 @@ def train_centrally(
     plain: Training,
     *,
     private: bool,
+    start: bytes | None = None,
 ) -> Float[np.ndarray, " P"]:
-    """Train on customers in one place with the contract's network.
+    """Train on customers in one place with the contract's network, from where the contract starts.
 
     Private training takes the contract's rounds as full-batch steps with the noise of its plan,
     all of it in one place; it divides by the number of customers with noise, like a run.
@@ -232,7 +247,8 @@ def train_centrally(
     if private:
         contract = in_mode(contract, "distributed")
     network, noise = network_of(contract), NoiseSource.fresh()
-    optimizer = Optimizer(contract.training if private else plain, initial_parameters(contract))
+    first = starting_parameters(contract, start)
+    optimizer = Optimizer(contract.training if private else plain, first)
     plan, clip_norm = plan_of(contract), contract.privacy.clip_norm if private else _NO_CLIPPING
     customers = float(len(y))
     if private:
@@ -297,5 +313,6 @@ def _notes(contract: Contract) -> tuple[str, ...]:
         "evaluation, census and profiles.",
         "'alone' and 'pooled' without privacy are trained without clipping or noise, with steps "
         "and learning rate chosen on synthetic customers.",
+        *((_STARTED,) if contract.model.start is not None else ()),
         *((statements.MASKED_COMPARED,) if contract.aggregation.secure else ()),
     )

@@ -17,6 +17,7 @@ import pandas as pd
 from common.contract import Contract, contract_toml, read_contract
 from common.errors import DataError
 from common.identity import Identity, Members, write_identity, write_members
+from common.start import START, SUFFIX, starting_from
 from server.archive import make_archive
 from simulations import cdnow, complete_journey, synthetic
 from simulations.catalogue import CATALOGUE, CatalogueEntry
@@ -42,6 +43,7 @@ class Dataset:
     provenance: str
     contract: Contract
     merchants: dict[str, pd.DataFrame]  # merchant id -> one row a customer
+    start: bytes | None = None  # the parameters that the contract names, if it does
 
     @property
     def customers(self) -> int:
@@ -84,6 +86,15 @@ def ready_contract(name: str) -> Contract:
         return read_contract(path)
 
 
+def ready_start(name: str) -> bytes | None:
+    """Return the parameters that `hansa pretrain` made for a ready contract, if they are there.
+
+    For generated sets only: to choose by what real customers show would cost them privacy.
+    """
+    path = files("hansa") / "contracts" / f"{name}{SUFFIX}"
+    return path.read_bytes() if path.is_file() else None
+
+
 def load(  # noqa: PLR0913  # all but the first by name
     name: str,
     *,
@@ -93,6 +104,7 @@ def load(  # noqa: PLR0913  # all but the first by name
     merchants: int | None = None,
     seed: int = 0,
     plain: bool = False,
+    warm: bool = False,
 ) -> Dataset:
     """Load or generate a built-in data set.
 
@@ -104,6 +116,8 @@ def load(  # noqa: PLR0913  # all but the first by name
         merchants: Number of merchants, for `cdnow` and `synthetic`.
         seed: Of what is drawn; Complete Journey draws nothing.
         plain: Sum without masks, which a single merchant needs.
+        warm: Start from parameters that were trained on customers out of a textbook, for sets
+            that the package brings them for, as the commands do.
 
     Raises:
         DataError: An option does not fit the data set, or its package is missing or changed.
@@ -125,6 +139,9 @@ def load(  # noqa: PLR0913  # all but the first by name
         plain=plain,
     )
     contract, tables = _LOADERS[name](request)
+    start = ready_start(f"{name}-{request.label}") if warm else None
+    if start is not None:
+        contract = starting_from(contract, start)
     return Dataset(
         name=name,
         partition=request.partition,
@@ -133,6 +150,7 @@ def load(  # noqa: PLR0913  # all but the first by name
         provenance=entry.provenance,
         contract=contract,
         merchants=tables,
+        start=start,
     )
 
 
@@ -242,7 +260,7 @@ def write_federation(
     Args:
         dataset: What to write.
         folder: New, or an empty folder; gets `contract.toml`, `members.toml`, `server/` and
-            `merchants/<id>/`.
+            `merchants/<id>/`, and `contract.start` where the contract names where to start.
         epsilon: Each merchant's cap; default the contract's epsilon.
         delta: Each merchant's cap; default the contract's delta.
         seed: Makes the merchants' noise repeatable, for simulations only.
@@ -268,6 +286,8 @@ def write_federation(
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         (building / "contract.toml").write_text(contract_toml(dataset.contract), encoding="utf-8")
+        if dataset.start is not None and dataset.contract.model.start is not None:
+            (building / START).write_bytes(dataset.start)
         coordinator = make_archive(building / "server")
         write_members(Members(keys, coordinator.public), building / "members.toml")
         for merchant, table in dataset.merchants.items():

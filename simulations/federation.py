@@ -16,6 +16,7 @@ from common.contract import Contract, read_contract
 from common.errors import DataError
 from common.identity import Identity, Members, read_members
 from common.ledger import Ledger
+from common.start import read_start, starting_parameters
 from server.archive import make_archive
 from simulations.datasets import Dataset
 
@@ -44,6 +45,7 @@ class Federation:
     notes: tuple[str, ...]
     server: Path  # the coordinator's own folder
     durable: bool = True  # false where the merchants exist in this simulation alone
+    start: bytes | None = None  # the parameters that the contract names, if it does
 
 
 def tables_of(dataset: Dataset, contract: Contract) -> dict[str, CustomerTable]:
@@ -80,7 +82,11 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
         contract: What they agreed on, final.
         folder: New; gets `merchants/<merchant>/ledger.sqlite` and `server/`.
         seed: Makes the noise repeatable and guessable; None for the operating system's.
+
+    Raises:
+        ContractError: The data set does not hold the parameters that the contract starts from.
     """
+    starting_parameters(contract, dataset.start, f"{dataset.name}, what it starts from")
     budget = Budget(contract.privacy.epsilon, contract.privacy.delta)
     tables = tables_of(dataset, contract)
     identities = {merchant: Identity.generate(merchant) for merchant in tables}
@@ -113,7 +119,17 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
     )
     notes = (dataset.provenance,)
     server = folder / "server"
-    return Federation(dataset.name, contract, members, enrolled, seed, notes, server, durable=False)
+    return Federation(
+        dataset.name,
+        contract,
+        members,
+        enrolled,
+        seed,
+        notes,
+        server,
+        durable=False,
+        start=None if contract.model.start is None else dataset.start,
+    )
 
 
 def open_federation(folder: Path) -> Federation:
@@ -132,6 +148,7 @@ def open_federation(folder: Path) -> Federation:
             "merchants/<id>/merchant.toml, as `hansa data generate` writes them"
         )
     contract = read_contract(folder / "contract.toml")
+    start = read_start(folder / "contract.toml", contract)
     opened = [open_worker(path, in_memory=True) for path in paths]
     names = [o.worker.merchant for o in opened]
     for name, path in zip(names, paths, strict=True):
@@ -143,4 +160,5 @@ def open_federation(folder: Path) -> Federation:
     )
     seeds = {o.seed for o in opened if o.seed is not None}
     enrolled, seed = read_members(folder / "members.toml"), min(seeds, default=None)
-    return Federation(str(folder), contract, members, enrolled, seed, (), folder / "server")
+    own = folder / "server"
+    return Federation(str(folder), contract, members, enrolled, seed, (), own, start=start)

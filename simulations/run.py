@@ -25,6 +25,7 @@ from common.errors import AccountingError, DataError, RunError
 from common.events import Event, merged, to_document
 from common.identity import write_members
 from common.ledger import read_ledger
+from common.start import START
 from server.app import create_app as create_server_app
 from server.archive import Archive, open_archive
 from server.evidence import coordinator_evidence
@@ -45,6 +46,7 @@ from simulations.result import (
 _OWN_NAMES = frozenset(
     {
         "contract.toml",
+        START,
         "members.toml",
         "merchants",
         "bundle",
@@ -186,6 +188,8 @@ def run_rounds(
     """
     outcomes: list[Outcome] = []
     (out / "contract.toml").write_text(contract_toml(federation.contract), encoding="utf-8")
+    if federation.start is not None:
+        (out / START).write_bytes(federation.start)
     write_members(federation.enrolled, out / "members.toml")
 
     def finish(outcome: Outcome, _contract: Contract, _folder: Path, _archive: Archive) -> None:

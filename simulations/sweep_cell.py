@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class Origin:
     preset: str | None
     merchants: int | None
     seed: int
+    start: bytes | None = None  # what a contract's file starts from; None: the data set's own
 
     def load(self, *, plain: bool) -> Dataset:
         """Load or generate the customers; `plain` lets a single merchant pass.
@@ -48,7 +49,7 @@ class Origin:
             HansaError: As `simulations.datasets.load`; a stated number of merchants is named.
         """
         try:
-            return load(
+            dataset = load(
                 self.name,
                 partition=self.partition,
                 label=self.label,
@@ -56,7 +57,9 @@ class Origin:
                 merchants=self.merchants,
                 seed=self.seed,
                 plain=plain,
+                warm=True,
             )
+            return replace(dataset, start=self.start or dataset.start)
         except HansaError as error:
             if self.merchants is None:
                 raise

@@ -1,10 +1,12 @@
 """From the options of a command to data and a contract."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.contract import Contract, read_contract
 from common.errors import ContractError
+from common.start import read_start
 
 if TYPE_CHECKING:
     from simulations.datasets import Dataset
@@ -31,6 +33,7 @@ def chosen_dataset(  # noqa: PLR0913  # all but the first by name
         merchants=merchants,
         seed=seed,
         plain=plain,
+        warm=True,
     )
 
 
@@ -74,6 +77,17 @@ def chosen_contract(dataset: "Dataset", path: Path | None, *, plain: bool) -> Co
     if plain:
         return contract.revised("--insecure-plain-sums", aggregation={"secure": False}, **changes)
     return contract.revised(**changes)
+
+
+def starting_at(dataset: "Dataset", path: Path | None) -> "Dataset":
+    """Return the data set with what a contract's file starts from; without a file its own.
+
+    Raises:
+        ContractError: The file names parameters, and they do not lie beside it.
+    """
+    if path is None:
+        return dataset
+    return replace(dataset, start=read_start(path, read_contract(path)))
 
 
 def with_options(contract: Contract, **options: tuple[str, Any]) -> Contract:

@@ -9,6 +9,7 @@ from hansa.commands.choose import (
     chosen_contract,
     chosen_dataset,
     refuse_single_merchant,
+    starting_at,
     write_json,
 )
 
@@ -51,6 +52,7 @@ def run(choices: Choices) -> None:
             plain=choices.insecure_plain_sums or choices.merchants == 1,
         )
         contract = chosen_contract(dataset, choices.contract, plain=choices.insecure_plain_sums)
+        dataset = starting_at(dataset, choices.contract)
         from simulations.compare import Question, compare
         from simulations.documents import comparison_document
         from simulations.report import write_comparison, write_comparison_picture

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common.contract import read_contract
 from common.plan import plan_of, planned_epsilon, planned_epsilon_towards_server
+from common.start import read_start, start_path
 from common.statements import epsilon_text
 
 
@@ -11,7 +12,7 @@ def run(path: Path) -> None:
     """Print hash, shape, releases and epsilon of a contract.
 
     Raises:
-        ContractError: The contract is not valid.
+        ContractError: The contract is not valid, or what lies beside it is not what it names.
     """
     from rich.console import Console
     from rich.table import Table
@@ -25,6 +26,14 @@ def run(path: Path) -> None:
         f"{plan.update.length} parameters, at least {contract.min_survivors} merchants a sum",
         highlight=False,
     )
+    if contract.model.start is not None:
+        beside = start_path(path)
+        there = beside.exists()
+        if there:
+            read_start(path, contract)
+        state = "fits" if there else "is not there; a coordinator needs it"
+        console.print(f"starts from {contract.model.start}", highlight=False)
+        console.print(f"{beside} {state}", highlight=False, markup=False, soft_wrap=True)
     table = Table("Release", "Numbers", "Noise / sensitivity", "Times")
     for release in plan.releases():
         sigma = f"{release.event.noise_multiplier:.4g}"

@@ -41,17 +41,22 @@ def server_init(asked: NewServer) -> None:
 
     Raises:
         SettingsError: There is one already, or something cannot be written.
-        ContractError: The contract cannot be used.
+        ContractError: The contract cannot be used, or what it starts from does not lie beside it.
     """
     from common.enrolment import fingerprint, grouped
+    from common.start import read_start, start_path
     from server.certificates import authority_sha256
     from server.settings import checked_settings
 
     folder = asked.folder
     contract = _contract(asked)
+    own = folder / "contract.toml"
+    start = read_start(asked.contract or own, contract)
+    if start is not None and start_path(own).exists():
+        read_start(own, contract)  # another one there is not overwritten
     settings = checked_settings(_document(asked), folder)
     _refuse_what_is_there(settings)
-    operator = _make(settings, contract)
+    operator = _make(settings, contract, start)
     typer.echo(f"{folder}: made for '{contract.federation.name}', to be served at {settings.url}")
     typer.echo(f"operator     {fingerprint(operator.public)}")
     typer.echo(f"authority    {grouped(authority_sha256(settings.tls))}")
@@ -108,7 +113,7 @@ def _refuse_what_is_there(settings: "Settings") -> None:
             )
 
 
-def _make(settings: "Settings", contract: "Contract") -> "Identity":
+def _make(settings: "Settings", contract: "Contract", start: bytes | None) -> "Identity":
     """Write everything; what was made is taken away again if something cannot be."""
     from common.errors import SettingsError
 
@@ -118,7 +123,7 @@ def _make(settings: "Settings", contract: "Contract") -> "Identity":
     older = listed.read_bytes() if listed.is_file() else None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return _fill(settings, contract)
+        return _fill(settings, contract, start)
     except BaseException as error:
         for made in set(folder.iterdir()) - before if folder.exists() else ():
             shutil.rmtree(made) if made.is_dir() else made.unlink()
@@ -132,13 +137,14 @@ def _make(settings: "Settings", contract: "Contract") -> "Identity":
         raise
 
 
-def _fill(settings: "Settings", contract: "Contract") -> "Identity":
+def _fill(settings: "Settings", contract: "Contract", start: bytes | None) -> "Identity":
     import secrets
 
     from common.contract import contract_toml
     from common.enrolment import contract_statement
     from common.files import write_atomically, write_new
     from common.identity import read_identity
+    from common.start import START
     from server.archive import COORDINATOR, make_archive
     from server.certificates import make_tls
     from server.registry import Registry
@@ -148,6 +154,8 @@ def _fill(settings: "Settings", contract: "Contract") -> "Identity":
     identity = read_identity(COORDINATOR, key) if key.exists() else make_archive(settings.archive)
     if not (folder / "contract.toml").exists():
         write_atomically(folder / "contract.toml", contract_toml(contract).encode())
+    if start is not None:
+        write_atomically(folder / START, start)
     signature = identity.sign(contract_statement(contract.sha256)).hex()
     write_new(folder / "contract.sig", f"{signature}\n".encode())
     make_tls(settings.tls, contract.federation.name, settings.hosts)

@@ -14,6 +14,7 @@ from hansa.commands.choose import (
     chosen_dataset,
     final_contract,
     refuse_single_merchant,
+    starting_at,
     write_json,
 )
 
@@ -114,6 +115,7 @@ def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
         mode=("training", choices.mode),
         rounds=("training", choices.rounds),
     )
+    dataset = starting_at(dataset, choices.contract)
     from simulations.federation import assemble
 
     return lambda out: assemble(dataset, contract, out, choices.seed)

@@ -4,13 +4,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import DataError, RunError
 from common.statements import epsilon_text
-from hansa.commands.choose import final_contract, refuse_single_merchant, write_json
+from hansa.commands.choose import (
+    final_contract,
+    refuse_single_merchant,
+    starting_at,
+    write_json,
+)
 from hansa.commands.tables import Column, show
 
 if TYPE_CHECKING:
@@ -170,7 +175,8 @@ def _cells(choices: Choices, axes: _Axes) -> "tuple[str, tuple[Cell, ...]]":
             mode=("training", choices.mode),
             rounds=("training", choices.rounds),
         )
-        federations.append((origin, contract))
+        start = starting_at(dataset, choices.contract).start
+        federations.append((replace(origin, start=start), contract))
     values = Axes(axes.epsilons, axes.clip_norms, axes.sampling_rates, choices.seeds)
     return dataset.provenance, grid(federations, values, choices.seed)
 

@@ -33,9 +33,9 @@ from common.events import Event, from_document, to_document
 from common.evidence import write_evidence
 from common.fixed_point import from_lattice
 from common.identity import Identity
-from common.network import initial_parameters
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, evaluation_rounds, lattice_of, plan_of
 from common.session import Advert, Roster, session_context
+from common.start import starting_parameters
 from server.optimizers import Optimizer
 from server.outcome import NoisySum, Outcome
 from server.publishing import metrics_document, privacy_document, segments_document
@@ -120,6 +120,7 @@ class World:
     contracts: dict[str, Contract] = field(default_factory=dict)
     now: float = BEGAN
     members: Document = field(default_factory=dict)
+    start: bytes | None = None  # what the contract starts from, if it says so
 
     @classmethod
     def founded(cls, contract: Contract, shops: int = 4, **policy: Any) -> "World":
@@ -235,6 +236,8 @@ class World:
             for contract in self.contracts.values():  # there is one
                 files[f"runs/{run}/contract.toml"] = contract_toml(contract).encode()
             files[f"runs/{run}/run.jsonl"] = lines(record)
+            if self.start is not None:
+                files[f"runs/{run}/contract.start"] = self.start
             for name, content in self.bundles.get(run, {}).items():
                 files[f"runs/{run}/bundle/{name}"] = content
         return files
@@ -310,7 +313,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.contract = self.world.contract
         self.plan = plan_of(self.contract)
-        self.theta = initial_parameters(self.contract)
+        self.theta = starting_parameters(self.contract, self.world.start)
         self.outcome = Outcome(self.name, self.theta, 0.0)
         self.outcome.merchants = [shop.name for shop in self.world.shops]
         self.record: list[Document] = self.world.records.setdefault(self.name, [])

@@ -85,7 +85,7 @@ def changed(record: RunRecord, number: int, **fields: Any) -> RunRecord:
 
 def replayed(record: RunRecord) -> Replay:
     """Replay a record."""
-    return replay(record.contract, record.sums)
+    return replay(record.contract, record.first, record.sums)
 
 
 def place(record: RunRecord, stage: str, number: int) -> int:
@@ -192,14 +192,14 @@ class TestReplay:
             lattice_step=1e300,
             total=np.full(7, 2**62),
         )
-        assert replay(recorded.contract, [nonsense]).problem
-        assert replay(recorded.contract, [*recorded.sums[:2], nonsense]).problem
+        assert replay(recorded.contract, recorded.first, [nonsense]).problem
+        assert replay(recorded.contract, recorded.first, [*recorded.sums[:2], nonsense]).problem
         huge = changed(recorded, 1, lattice_step=1e308)
         assert replayed(huge).problem
 
     def test_nothing(self, recorded: RunRecord) -> None:
         """A run without sums is its first model."""
-        found = replay(recorded.contract, [])
+        found = replay(recorded.contract, recorded.first, [])
         assert (found.problem, found.rounds, found.model.steps) == ("", 0, 0)
 
     def test_values_are_multiples(self, recorded: RunRecord) -> None:

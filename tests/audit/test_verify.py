@@ -33,6 +33,8 @@ from common.errors import EvidenceError
 from common.events import GaussianSum, to_document
 from common.evidence import read_evidence, write_evidence
 from common.identity import Identity
+from common.network import parameters_sha256
+from common.start import to_bytes
 from tests.audit.evidence_world import (
     DAY_S,
     Document,
@@ -52,6 +54,7 @@ MODES: dict[str, Document] = {
     "local": {"training": {"mode": "local", "optimizer": "sgd", "momentum": 0.5}},
 }
 Tamper = Callable[[World], None]
+WARM = np.array([0.5, -0.25, 0.1, -0.5, 0.25, -0.1])  # a start that a contract names
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +68,9 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     training = {"mode": "local", "sampling_rate": 0.1, "rounds": 2, "optimizer": "yogi"}
     found["sampled"] = World.founded(small_contract(training=training))
     found["sampled"].run("run-1", tmp_path_factory.mktemp("sampled"), settle=False)
+    found["warm"] = World.founded(small_contract(model={"start": parameters_sha256(WARM)}))
+    found["warm"].start = to_bytes(WARM)
+    found["warm"].run("run-1", tmp_path_factory.mktemp("warm"))
     found["open"] = World.founded(small_contract())
     found["open"].run("run-1", tmp_path_factory.mktemp("open"), settle=False)
     return found
@@ -1483,3 +1489,59 @@ class TestCodes:
     def test_bodies_are_canonical(self) -> None:
         """The format's canonical JSON is what an auditor checks."""
         assert body_bytes({"b": 1, "a": "é"}) == b'{"a":"\\u00e9","b":1}'
+
+
+class TestStart:
+    """Runs whose contract names parameters to start from."""
+
+    def test_honest(self, worlds: dict[str, World], tmp_path: Path) -> None:
+        """The model follows from the start in the evidence and the sums."""
+        audit = verify([worlds["warm"].clone().write(tmp_path / "evidence")])
+        assert {finding.severity for finding in audit.findings} <= {"note"}
+        assert [run.replayed for run in audit.runs] == [True]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            None,
+            b"",
+            to_bytes(WARM)[:-1],
+            to_bytes(WARM) + b"\0",
+            to_bytes(WARM + 1e-16),
+            to_bytes(np.full(6, np.nan)),
+            to_bytes(np.zeros(7)),
+        ],
+        ids=["left out", "empty", "cut", "longer", "a bit", "not numbers", "another model's"],
+    )
+    def test_exchanged(
+        self, worlds: dict[str, World], tmp_path: Path, content: bytes | None
+    ) -> None:
+        """Whatever the coordinator hands in instead of what the contract names is a failure."""
+        world = worlds["warm"].clone()
+        world.start = content
+        assert "start-differs" in of_all(world, tmp_path)
+
+    def test_started_elsewhere(self, worlds: dict[str, World], tmp_path: Path) -> None:
+        """A run that was not started from what the contract names does not replay."""
+        world = World.founded(worlds["warm"].contract)
+        with pytest.MonkeyPatch.context() as patch:
+            swapped = "tests.audit.evidence_world.starting_parameters"
+            patch.setattr(swapped, lambda _contract, _start: WARM[::-1].copy())
+            world.run("run-1", tmp_path)
+        world.start = to_bytes(WARM)
+        assert "replay-differs" in of_all(world, tmp_path)
+
+    def test_first_line_tells_another(self, worlds: dict[str, World], tmp_path: Path) -> None:
+        """Also where only the record's first line lies."""
+        world = worlds["warm"].clone()
+        world.records["run-1"][0]["parameters"] = "ab" * 32
+        assert of_all(world, tmp_path) == {"replay-differs"}
+
+    def test_signed_contract_without_start(self, worlds: dict[str, World], tmp_path: Path) -> None:
+        """Taking the start out of the contract makes another contract than merchants signed."""
+        world = worlds["warm"].clone()
+        world.start = None
+        cold = world.contract.revised(model={"start": None})
+        world.contracts = {cold.sha256: cold}
+        world.records["run-1"][0]["contract"] = cold.sha256
+        assert of_all(world, tmp_path) & {"contract-switched", "release-differs", "replay-differs"}

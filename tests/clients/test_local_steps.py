@@ -11,11 +11,10 @@ from scipy import stats
 
 from clients.kernel import Kernel, Precision
 from clients.local_steps import Task, local_updates
-from clients.own_optimizers import MAX_PARAMETER
 from common.contract import Training
 from common.events import GaussianSum, PoissonGaussianSum
 from common.fixed_point import float32_error, lattice_step, local_steps
-from common.network import Network
+from common.network import MAX_PARAMETER, Network
 from common.noise import NoiseSource
 from common.plan import UPDATE, Release
 

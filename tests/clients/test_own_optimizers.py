@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.own_optimizers import MAX_PARAMETER, OwnOptimizer, scale_of
+from clients.own_optimizers import OwnOptimizer, scale_of
 from common.contract import ADAM_DECAYS, ADAM_EPSILON, Training
+from common.network import MAX_PARAMETER
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {},

@@ -20,8 +20,11 @@ from common.errors import (
     SettingsError,
 )
 from common.identity import Members, read_members, write_members
+from common.network import network_of
+from common.start import read_start, starting_from
 from server.archive import make_archive, open_archive
 from server.certificates import authority_sha256
+from server.readiness import check_ready
 from server.registry import Registry
 from server.settings import read_settings
 from simulations.datasets import load
@@ -236,6 +239,55 @@ class TestServerInit:
         with pytest.raises(SettingsError, match="must differ"):
             hansa("server", "init", tmp_path / "o", "--contract", contract, "--port", 8444)
         assert not (tmp_path / "o").exists()
+
+
+class TestServerInitStart:
+    """`hansa server init` with a contract that names parameters to start from."""
+
+    @pytest.fixture
+    def warm(self, tmp_path: Path, agreed: Contract) -> Path:
+        """Write a contract and what it starts from."""
+        content = bytes(8 * network_of(agreed).size)
+        path = tmp_path / "warm.toml"
+        path.write_text(contract_toml(starting_from(agreed, content)))
+        path.with_suffix(".start").write_bytes(content)
+        return path
+
+    def test_it_is_copied(self, tmp_path: Path, warm: Path) -> None:
+        """Beside the contract, where the coordinator looks."""
+        hansa("server", "init", tmp_path / "o", "--contract", warm, *ports())
+        assert {path.name for path in (tmp_path / "o").iterdir()} == {*MADE, "contract.start"}
+        contract = read_contract(tmp_path / "o" / "contract.toml")
+        assert read_start(tmp_path / "o" / "contract.toml", contract) is not None
+
+    @pytest.mark.parametrize("what", ["missing", "another"])
+    def test_it_is_not_what_the_contract_names(self, tmp_path: Path, warm: Path, what: str) -> None:
+        """Nothing is made, and nothing is signed."""
+        start = warm.with_suffix(".start")
+        if what == "missing":
+            start.unlink()
+        else:
+            start.write_bytes(b"\1" + start.read_bytes()[1:])
+        with pytest.raises(ContractError, match=r"warm\.start: "):
+            hansa("server", "init", tmp_path / "o", "--contract", warm, *ports())
+        assert not (tmp_path / "o").exists()
+
+    def test_another_one_that_is_there(self, tmp_path: Path, warm: Path) -> None:
+        """Is not overwritten, and not used."""
+        folder = tmp_path / "o"
+        folder.mkdir()
+        (folder / "contract.start").write_bytes(b"mine")
+        with pytest.raises(ContractError, match=r"contract\.start: "):
+            hansa("server", "init", folder, "--contract", warm, *ports())
+        assert [path.name for path in folder.iterdir()] == ["contract.start"]
+
+    def test_services_do_not_start_without(self, tmp_path: Path, warm: Path) -> None:
+        """Told when services start, not when merchants wait for a run."""
+        folder = tmp_path / "o"
+        hansa("server", "init", folder, "--contract", warm, *ports())
+        (folder / "contract.start").unlink()
+        with pytest.raises(ContractError, match=r"contract\.start: is missing"):
+            check_ready(folder, read_settings(folder))
 
 
 class TestInvite:

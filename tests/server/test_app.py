@@ -2,21 +2,30 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
+from audit.verify import verify
 from clients.app import create_app as create_client_app
 from common.bundle import read_bundle
 from common.contract import Contract, contract_toml
 from common.errors import ContractError, HansaError, IdentityError, RunError
 from common.identity import Identity, write_identity, write_members
 from common.ledger import Ledger
+from common.network import network_of
+from common.start import starting_from, to_bytes
 from server.app import _places, create_app
-from simulations.federation import Federation
-from simulations.grid import run_in_process
+from server.archive import open_archive
+from server.coordinator import Coordinator
+from server.evidence import coordinator_evidence
+from simulations.datasets import Dataset
+from simulations.federation import Federation, assemble
+from simulations.grid import InProcessGrid, run_in_process
 
 Federate = Callable[..., Federation]
 
@@ -142,3 +151,82 @@ def test_a_failed_run_publishes_nothing(
     with pytest.raises(RunError, match="0 of 5 merchants take part"):
         run_app(federation, write_files(federation, tmp_path))
     assert not list(tmp_path.glob("bundle*"))
+
+
+class TestStart:
+    """A contract that names parameters to start from."""
+
+    @pytest.fixture
+    def warm(self, contract: Contract) -> tuple[Contract, bytes]:
+        """Give a contract and what it starts from."""
+        content = to_bytes(np.linspace(-0.5, 0.5, network_of(contract).size))
+        return starting_from(contract, content), content
+
+    @pytest.fixture
+    def made(
+        self, dataset: Dataset, warm: tuple[Contract, bytes], tmp_path: Path
+    ) -> tuple[Federation, dict[str, Any]]:
+        """Give merchants, and the configuration that names the server's files."""
+        dataset = replace(dataset, start=warm[1])
+        federation = assemble(dataset, warm[0], tmp_path / "merchants", 7)
+        return federation, write_files(federation, tmp_path)
+
+    def test_the_run_starts_there(
+        self, made: tuple[Federation, dict[str, Any]], warm: tuple[Contract, bytes], tmp_path: Path
+    ) -> None:
+        """The record says so, and keeps what the audit needs; the audit agrees."""
+        federation, config = made
+        (tmp_path / "contract.start").write_bytes(warm[1])
+        run_app(federation, config)
+        (run,) = (federation.server / "runs").iterdir()
+        first = json.loads((run / "run.jsonl").read_text().splitlines()[0])
+        assert first["parameters"] == warm[0].model.start
+        assert (run / "contract.start").read_bytes() == warm[1]
+        evidence = tmp_path / "server.zip"
+        coordinator_evidence(open_archive(federation.server), federation.enrolled, evidence)
+        audit = verify([evidence])
+        assert [one.replayed for one in audit.runs] == [True]
+        assert not [one for one in audit.findings if one.severity == "fail"]
+
+    @pytest.mark.parametrize("content", [None, b"", b"swapped", "zeros", "nan"])
+    def test_another_one_ends_the_run(
+        self, made: tuple[Federation, dict[str, Any]], tmp_path: Path, content: bytes | str | None
+    ) -> None:
+        """An operator that swaps it after the contract was signed asks nobody anything."""
+        federation, config = made
+        size = 8 * network_of(federation.contract).size
+        contents = {"zeros": bytes(size), "nan": to_bytes(np.full(size // 8, np.nan))}
+        swapped = contents[content] if isinstance(content, str) else content
+        if swapped is not None:
+            (tmp_path / "contract.start").write_bytes(swapped)
+        with pytest.raises(ContractError, match=r"contract\.start: "):
+            run_app(federation, config)
+        assert all(untouched(member.worker.ledger) for member in federation.members)
+        assert not (federation.server / "runs").exists()
+
+    def test_the_coordinator_trusts_no_caller(self, made: tuple[Federation, Any]) -> None:
+        """It checks what it is given itself."""
+        federation, _ = made
+        grid = InProcessGrid(lambda _m, _c: None, 0, {})  # type: ignore[arg-type]
+        archive, size = open_archive(federation.server), 8 * network_of(federation.contract).size
+        for content in (None, bytes(size)):
+            with pytest.raises(ContractError, match=r"model\.start"):
+                Coordinator(
+                    grid,
+                    federation.contract,
+                    lambda _report: None,
+                    federation.enrolled,
+                    archive,
+                    start=content,
+                )
+
+    def test_what_the_contract_does_not_name_is_not_used(
+        self, federate: Federate, contract: Contract, tmp_path: Path
+    ) -> None:
+        """A file beside a contract that says nothing of it changes nothing."""
+        federation = federate(contract)
+        config = write_files(federation, tmp_path)
+        (tmp_path / "contract.start").write_bytes(b"nonsense")
+        run_app(federation, config)
+        (run,) = (federation.server / "runs").iterdir()
+        assert not (run / "contract.start").exists()

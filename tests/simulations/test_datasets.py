@@ -13,8 +13,10 @@ from clients.features import encode
 from clients.merchant import read_merchant
 from clients.table import is_held_out, read_table
 from common.contract import read_contract
-from common.errors import DataError
+from common.errors import ContractError, DataError
 from common.identity import read_identity, read_members
+from common.network import parameters_sha256
+from common.start import starting_parameters
 from simulations.catalogue import CatalogueEntry
 from simulations.datasets import (
     Dataset,
@@ -22,8 +24,10 @@ from simulations.datasets import (
     load,
     ready_contract,
     ready_contracts,
+    ready_start,
     write_federation,
 )
+from simulations.federation import open_federation
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,42 @@ def test_ready_contracts_are_complete(name: str) -> None:
     assert contract.windows is not None
     assert "training" not in contract.model_fields_set
     assert contract.model.family == ("linear" if "journey" in name else "mlp")
+
+
+def test_what_the_package_brings_to_start_from() -> None:
+    """Only for generated sets: what real customers show chooses no default."""
+    warm = {name for name in ready_contracts() if ready_start(name) is not None}
+    assert warm == {"synthetic-value4", "synthetic-active28"}
+
+
+@pytest.mark.parametrize("label", ["value4", "active28"])
+def test_a_warm_data_set(label: str) -> None:
+    """Brings parameters that its contract names, and the rate that suits them."""
+    how = {"preset": "smoke", "merchants": 2, "label": label}
+    cold, found = load("synthetic", **how), load("synthetic", **how, warm=True)
+    theta = starting_parameters(found.contract, found.start)
+    assert parameters_sha256(theta) == found.contract.model.start
+    assert (cold.start, cold.contract.model.start) == (None, None)
+    assert found.contract.training.step_size < cold.contract.training.step_size
+
+
+def test_a_warm_federation_reads_back(tmp_path: Path) -> None:
+    """The parameters lie beside the contract, and nowhere if there are none."""
+    found = load("synthetic", preset="smoke", merchants=2, warm=True)
+    write_federation(found, tmp_path / "warm")
+    federation = open_federation(tmp_path / "warm")
+    assert federation.start == found.start == (tmp_path / "warm" / "contract.start").read_bytes()
+    write_federation(replace(found, contract=found.contract.revised(model={})), tmp_path / "cold")
+    assert open_federation(tmp_path / "cold").start is None
+
+
+def test_an_exchanged_start_is_refused(tmp_path: Path) -> None:
+    """Before a merchant is opened."""
+    found = load("synthetic", preset="smoke", merchants=2, warm=True)
+    write_federation(found, tmp_path / "f")
+    (tmp_path / "f" / "contract.start").write_bytes(bytes(len(found.start or b"")))
+    with pytest.raises(ContractError, match="it was changed"):
+        open_federation(tmp_path / "f")
 
 
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
