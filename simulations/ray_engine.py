@@ -208,16 +208,20 @@ class _Clients(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         """Return the merchant's reply, or the error reply that other engines give."""
         logging.getLogger("flwr").setLevel(logging.ERROR)
-        worker = None
+        found: list[Worker] = []
+
+        def find(_context: Context) -> Worker:
+            found.append(_worker(self._merchants, int(message.metadata.group_id)))
+            return found[-1]
+
         try:
-            worker = _worker(self._merchants, int(message.metadata.group_id))
-            return create_app(lambda _: worker)(message, context)
+            return create_app(find)(message, context)
         except Exception as error:  # noqa: BLE001  # what a SuperNode does with any exception
             return error_reply(message, error)
         finally:
-            if worker is not None:
-                # SQLite's log is for one machine at a time, and the next message may be
-                # answered by another one
+            for worker in found:
+                # SQLite's log is for processes of one machine at a time, and another one may
+                # answer the next message
                 worker.ledger.close()
 
 
@@ -244,16 +248,17 @@ def _ray(processes: int) -> Iterator[None]:
     import ray
 
     address, cpus = (_cluster(), None) if _cluster() else ("local", processes)
-    handler = signal.getsignal(signal.SIGTERM)  # Ray puts another in its place
+    handler = signal.getsignal(signal.SIGTERM)  # Ray's own aborts with a dump
     try:
         try:
             ray.init(address, num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
         except Exception as error:
             raise RunError(f"Ray cannot be used: {_reason(error)}") from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         yield
     finally:
         ray.shutdown()
-        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
