@@ -25,7 +25,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from clients.app import create_app
 from clients.worker import Worker
-from common.errors import RunError
+from common.errors import ContractError, RunError
 from server.services import FLOWER_ENVIRONMENT
 from simulations.engines import ENDED
 from simulations.grid import FIRST_NODE, error_reply
@@ -50,14 +50,14 @@ def refuse_without_ray(processes: int) -> None:
         processes: How many the user wants; 0 for one a processor.
 
     Raises:
-        RunError: Ray is not installed, or the cluster at RAY_ADDRESS does not answer or decides
-            on its processes by itself.
+        ContractError: Ray is not installed, or a cluster decides on its processes by itself.
+        RunError: The cluster at RAY_ADDRESS does not answer.
     """
     if find_spec("ray") is None:
-        raise RunError("--engine ray needs Ray; install it with: pip install 'hansa[ray]'")
+        raise ContractError("--engine ray needs Ray; install it with: pip install 'hansa[ray]'")
     address = _cluster()
     if processes and address:
-        raise RunError(
+        raise ContractError(
             f"--processes: the cluster at RAY_ADDRESS={address} has one a processor; "
             "leave it out, or unset RAY_ADDRESS"
         )
@@ -91,7 +91,8 @@ def run_in_ray(
         processes: Actors of a Ray of our own, at least 1; 0 for one a processor.
 
     Raises:
-        RunError: Ray is missing, cannot start, or an actor ended by itself.
+        ContractError: As `refuse_without_ray`.
+        RunError: Ray cannot be reached or started, or an actor ended by itself.
         Exception: What the ServerApp raised.
     """
     refuse_without_ray(processes)

@@ -21,7 +21,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 
 from clients.worker import Worker
-from common.errors import BudgetRefusal, RunError
+from common.errors import BudgetRefusal, ContractError, RunError
 from common.ledger import read_ledger
 from common.network import parameters_sha256
 from common.wire import Attest, Attested
@@ -97,7 +97,7 @@ class TestRefusals:
     def test_ray_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The message says what to install."""
         without_ray(monkeypatch)
-        with pytest.raises(RunError, match=r"pip install 'hansa\[ray\]'"):
+        with pytest.raises(ContractError, match=r"pip install 'hansa\[ray\]'"):
             refuse_without_ray(0)
 
     def test_the_command_writes_nothing(
@@ -108,7 +108,7 @@ class TestRefusals:
 
         without_ray(monkeypatch)
         arguments = ["simulate", "--preset", "smoke", "--engine", "ray"]
-        with pytest.raises(RunError, match="--engine ray needs Ray"):
+        with pytest.raises(ContractError, match="--engine ray needs Ray"):
             app([*arguments, "--out", str(tmp_path / "out")], standalone_mode=False)
         assert not (tmp_path / "out").exists()
 
@@ -116,7 +116,7 @@ class TestRefusals:
         """A running cluster has as many processes as it has processors."""
         monkeypatch.setattr("simulations.ray_engine.find_spec", lambda _: object())
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-        with pytest.raises(RunError, match="leave it out, or unset RAY_ADDRESS"):
+        with pytest.raises(ContractError, match="leave it out, or unset RAY_ADDRESS"):
             refuse_without_ray(2)
         monkeypatch.setenv("RAY_ADDRESS", "local")
         refuse_without_ray(2)
