@@ -10,12 +10,14 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message, RecordDict
@@ -252,7 +254,13 @@ def _ray(processes: int) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)  # Ray's own aborts with a dump
     try:
         try:
-            ray.init(address, num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+            ray.init(
+                address,
+                num_cpus=cpus,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {"PYTHONPATH": _code()}},
+            )
         except Exception as error:
             raise RunError(f"Ray cannot be used: {_reason(error)}") from error
         finally:
@@ -260,6 +268,11 @@ def _ray(processes: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _code() -> str:
+    """Return where this process finds its code: actors must run the same, wherever they start."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
 
 
 @contextmanager

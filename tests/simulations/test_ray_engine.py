@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,9 @@ from common.ledger import read_ledger
 from common.network import parameters_sha256
 from common.wire import Attest, Attested
 from server.outcome import Outcome, RoundReport
-from simulations.datasets import load
+from simulations.datasets import load, write_federation
 from simulations.engines import ENDED, Computing
-from simulations.federation import Federation, assemble
+from simulations.federation import Federation, assemble, open_federation
 from simulations.grid import FIRST_NODE, InProcessGrid
 from simulations.ray_engine import _Coordinator, _NumberedGrid, refuse_without_ray
 from simulations.run import prepare_folder, run_rounds
@@ -271,6 +272,23 @@ class TestRay:
         assert results[1] == results[0]
         assert rounds[1] == rounds[0]
         assert not list(tmp_path.glob("ray/merchants/*/*session*"))
+
+    def test_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Actors open the merchants' own files, wherever the command stands."""
+        dataset = load("synthetic", preset="smoke", merchants=5)
+        contract = dataset.contract.revised(training={"rounds": 2})
+        write_federation(replace(dataset, contract=contract), tmp_path / "ray", seed=3)
+        shutil.copytree(tmp_path / "ray", tmp_path / "cohort")
+        monkeypatch.chdir(tmp_path)
+        results = []
+        for name, computing in (("cohort", Computing()), ("ray", RAY)):
+            federation = open_federation(Path(name))
+            out = tmp_path / "out" / name
+            out.mkdir(parents=True)
+            outcome = run_rounds(federation, out, lambda _: None, computing=computing)
+            results.append(told(federation, outcome))
+        assert results[1] == results[0]
+        assert len(list(tmp_path.glob("ray/merchants/*/session.sealed"))) == 5
 
     def test_a_merchant_that_fails(self, tmp_path: Path) -> None:
         """The others go on; it is told in the same words, with the same number of its node."""
