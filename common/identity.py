@@ -40,6 +40,11 @@ class Identity:
         """Return a new identity, keyed by the operating system."""
         return cls(merchant, Ed25519PrivateKey.generate())
 
+    @classmethod
+    def of(cls, merchant: str, private: bytes) -> "Identity":
+        """Return the identity with the given 32 bytes of a private key."""
+        return cls(merchant, Ed25519PrivateKey.from_private_bytes(private))
+
     @property
     def public(self) -> bytes:
         """Return the 32 bytes that are enrolled."""
@@ -131,7 +136,7 @@ def read_identity(merchant: str, path: Path) -> Identity:
         raise IdentityError(f"{path}: others can read this key; run chmod 600 on it")
     if not re.fullmatch(r"[0-9a-f]{64}", text):
         raise IdentityError(f"{path}: is no identity key (expected 64 hexadecimal digits)")
-    return Identity(merchant, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(text)))
+    return Identity.of(merchant, bytes.fromhex(text))
 
 
 def following_identity(merchant: str, path: Path) -> Identity:

@@ -95,17 +95,20 @@ def simulate(  # noqa: PLR0913, PLR0917
     data_seed: DataSeedOption = 0,
     insecure_plain_sums: PlainOption = False,
     engine: Annotated[
-        Literal["cohort", "process"],
+        Literal["cohort", "process", "ray"],
         typer.Option(
             "--engine",
             help="`cohort`: all merchants of a stage in one computation. `process`: divided over "
-            "processes. Both give the same result.",
+            "processes. `ray`: in Flower's own engine, here or on the cluster at RAY_ADDRESS. All "
+            "give the same result.",
         ),
     ] = "cohort",
     processes: Annotated[
         int,
         typer.Option(
-            "--processes", min=0, help="For --engine process; default one for each processor."
+            "--processes",
+            min=0,
+            help="For --engine process and ray; default one for each processor.",
         ),
     ] = 0,
     out: Annotated[

@@ -1,7 +1,8 @@
 """How the merchants of a simulation compute: all at once, or divided over processes.
 
-All engines carry the same messages to the same workers, and with the same seed end in the same
-bytes: only where matrix products are computed, and how many at once, is different.
+`simulations.ray_engine` has the third engine, which carries the messages too. All engines carry
+the same messages to the same workers, and with the same seed end in the same bytes: only where
+matrix products are computed, and how many at once, is different.
 """
 
 import multiprocessing
@@ -20,7 +21,10 @@ from clients.handling import answered_together
 from clients.worker import Worker
 from common.errors import RunError
 
-Engine = Literal["cohort", "process"]
+Engine = Literal["cohort", "process", "ray"]
+ENDED = (
+    "a process of the simulation ended by itself; is there enough memory? (fewer with --processes)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def running(engine: Engine, workers: Sequence[Worker], processes: int) -> Iterat
 
     Args:
         engine: `cohort`: all in this process, a stage of everybody one computation. `process`:
-            the same in several processes, each with some of the merchants.
+            the same in several processes, each with some of the merchants. `ray` is not here.
         workers: One a merchant.
         processes: How many, at least 1; 0 for one a processor.
 
@@ -93,10 +97,7 @@ class _Pool:
                 if share:
                     found |= zip(share, end.recv(), strict=True)
         except (EOFError, OSError) as error:
-            raise RunError(
-                "a process of the simulation ended by itself; is there enough memory? "
-                "(fewer with --processes)"
-            ) from error
+            raise RunError(ENDED) from error
         return [_given(found[place]) for place in range(len(asked))]
 
     def close(self) -> None:

@@ -1,16 +1,17 @@
 """The merchants of a simulation: from a built-in data set, or from a folder on disk."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from clients.joining import customers_of, open_worker
 from clients.merchant import Columns, read_merchant
 from clients.secure_party import SecureParty
-from clients.session_store import MemoryStore
+from clients.session_store import FileStore, MemoryStore, SessionStore
 from clients.table import CustomerTable, make_table
-from clients.worker import Worker, os_noise, seeded_noise
+from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.budget import Budget
 from common.contract import Contract, read_contract
 from common.errors import DataError
@@ -20,6 +21,7 @@ from common.start import read_start, starting_parameters
 from server.archive import make_archive
 from simulations.datasets import Dataset
 
+SESSION = "session.sealed"  # beside the ledger, where a made merchant's session is in a file
 _COLUMNS = Columns(customer="customer", person="person")
 
 
@@ -31,6 +33,7 @@ class Member:
     table: CustomerTable
     worker: Worker
     min_cohort: int  # of its own policy
+    elsewhere: Callable[[], Worker]  # picklable: makes the worker again, in another process
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,42 @@ class Federation:
     server: Path  # the coordinator's own folder
     durable: bool = True  # false where the merchants exist in this simulation alone
     start: bytes | None = None  # the parameters that the contract names, if it does
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """All that the worker of a made merchant is made of; any process can make it again."""
+
+    merchant: str
+    contract: Contract
+    customers: Customers
+    folder: Path  # of the ledger, absolute: other processes may be at home elsewhere
+    private: bytes = field(repr=False)
+    enrolled: Members
+    seed: int | None
+
+    def worker(self, *, in_memory: bool = False) -> Worker:
+        """Return the worker; between two messages it keeps its session in memory, or in a file."""
+        contract = self.contract
+        identity = Identity.of(self.merchant, self.private)
+        store: SessionStore = MemoryStore()
+        if not in_memory:
+            store = FileStore(self.folder / SESSION, identity)
+        return Worker(
+            self.merchant,
+            contract,
+            self.customers,
+            Ledger(
+                self.folder / "ledger.sqlite",
+                Budget(contract.privacy.epsilon, contract.privacy.delta),
+                identity,
+                self.enrolled.witness,
+                durable=False,
+            ),
+            accept_unmasked_sums=not contract.aggregation.secure,
+            secure=SecureParty(identity, self.enrolled, contract.min_survivors, store),
+            noise_for=os_noise if self.seed is None else seeded_noise(self.seed, self.merchant),
+        )
 
 
 def tables_of(dataset: Dataset, contract: Contract) -> dict[str, CustomerTable]:
@@ -87,35 +126,31 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
         ContractError: The data set does not hold the parameters that the contract starts from.
     """
     starting_parameters(contract, dataset.start, f"{dataset.name}, what it starts from")
-    budget = Budget(contract.privacy.epsilon, contract.privacy.delta)
     tables = tables_of(dataset, contract)
     identities = {merchant: Identity.generate(merchant) for merchant in tables}
     keys = {merchant: identity.public for merchant, identity in identities.items()}
     enrolled = Members(keys, make_archive(folder / "server").public)
-    members = tuple(
-        Member(
+    seats = [
+        _Seat(
             merchant,
-            table,
-            Worker(
-                merchant,
-                contract,
-                customers_of(table, contract),
-                Ledger(
-                    folder / "merchants" / merchant / "ledger.sqlite",
-                    budget,
-                    identities[merchant],
-                    enrolled.witness,
-                    durable=False,
-                ),
-                accept_unmasked_sums=not contract.aggregation.secure,
-                secure=SecureParty(
-                    identities[merchant], enrolled, contract.min_survivors, MemoryStore()
-                ),
-                noise_for=os_noise if seed is None else seeded_noise(seed, merchant),
-            ),
-            contract.min_survivors,
+            contract,
+            customers_of(table, contract),
+            (folder / "merchants" / merchant).absolute(),
+            identities[merchant].key.private_bytes_raw(),
+            enrolled,
+            seed,
         )
         for merchant, table in tables.items()
+    ]
+    members = tuple(
+        Member(
+            seat.merchant,
+            tables[seat.merchant],
+            seat.worker(in_memory=True),
+            contract.min_survivors,
+            seat.worker,
+        )
+        for seat in seats
     )
     notes = (dataset.provenance,)
     server = folder / "server"
@@ -155,10 +190,20 @@ def open_federation(folder: Path) -> Federation:
         if names.count(name) > 1:
             raise DataError(f"{path}: the id '{name}' is used by another merchant too; change one")
     members = tuple(
-        Member(o.worker.merchant, o.table, o.worker, read_merchant(path).policy.min_cohort)
+        Member(
+            o.worker.merchant,
+            o.table,
+            o.worker,
+            read_merchant(path).policy.min_cohort,
+            partial(_reopened, path.absolute()),
+        )
         for o, path in zip(opened, paths, strict=True)
     )
     seeds = {o.seed for o in opened if o.seed is not None}
     enrolled, seed = read_members(folder / "members.toml"), min(seeds, default=None)
     own = folder / "server"
     return Federation(str(folder), contract, members, enrolled, seed, (), own, start=start)
+
+
+def _reopened(path: Path) -> Worker:
+    return open_worker(path).worker

@@ -143,11 +143,16 @@ class InProcessGrid(Grid):
         try:
             reply = answer()
         except Exception as error:  # noqa: BLE001  # what a SuperNode does with any exception
-            reason = f"{type(error)}:<'{error}'>"
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            reply = error_reply(message, error)
         return message_from_proto(
             MessageProto.FromString(message_to_proto(reply).SerializeToString())
         )
+
+
+def error_reply(message: Message, error: Exception) -> Message:
+    """Return what a SuperNode replies where its client app raised an exception."""
+    reason = f"{type(error)}:<'{error}'>"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def _wrapped(message: Message, give: Callable[[], RecordDict]) -> Message:

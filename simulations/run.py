@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
 
 from audit.epsilon import DP_ACCOUNTING, OPACUS, opinions
 from clients.app import create_app as create_client_app
@@ -32,7 +34,7 @@ from server.evidence import coordinator_evidence
 from server.outcome import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
 from simulations.engines import COHORT, Computing, running
-from simulations.federation import Federation, Member, training_customers
+from simulations.federation import SESSION, Federation, Member, training_customers
 from simulations.grid import FIRST_NODE, Fault, run_in_process
 from simulations.result import (
     Achieved,
@@ -98,7 +100,9 @@ def _is_earlier_simulation(out: Path) -> bool:
     if not {path.name for path in out.iterdir()} <= _OWN_NAMES:
         return False
     return all(path.is_dir() for path in out.glob("merchants/*")) and all(
-        path.name.startswith(("ledger.sqlite", "assignments.", ".assignments."))
+        path.name.startswith(
+            ("ledger.sqlite", "assignments.", ".assignments.", SESSION, f".{SESSION}.")
+        )
         for path in out.glob("merchants/*/*")
     )
 
@@ -185,7 +189,10 @@ def run_rounds(
 
     Raises:
         RunError: Too few merchants take part or answer.
+        ValueError: Faults are for engines whose messages this process carries.
     """
+    if fault is not None and computing.engine == "ray":
+        raise ValueError("expected no fault with the engine ray, whose messages Flower carries")
     outcomes: list[Outcome] = []
     (out / "contract.toml").write_text(contract_toml(federation.contract), encoding="utf-8")
     if federation.start is not None:
@@ -198,6 +205,16 @@ def run_rounds(
     def worker_of(context: Context) -> Worker:
         return federation.members[int(context.node_config["partition-id"])].worker
 
+    server_app = create_server_app(on_round, finish)
+    run_config = {
+        "contract": str(out / "contract.toml"),
+        "out": str(out / "bundle"),
+        "server": str(federation.server),
+        "durable": federation.durable,
+    }
+    if computing.engine == "ray":
+        _run_in_ray(federation, server_app, run_config, computing.processes)
+        return outcomes[0]
     workers = [member.worker for member in federation.members]
     with running(computing.engine, workers, computing.processes) as answers:
 
@@ -209,19 +226,33 @@ def run_rounds(
             return answers(kind, list(zip(merchants, contents, strict=True)))
 
         run_in_process(
-            create_server_app(on_round, finish),
+            server_app,
             create_client_app(worker_of),
             len(federation.members),
-            {
-                "contract": str(out / "contract.toml"),
-                "out": str(out / "bundle"),
-                "server": str(federation.server),
-                "durable": federation.durable,
-            },
+            run_config,
             fault,
             together,
         )
     return outcomes[0]
+
+
+def _run_in_ray(
+    federation: Federation, server_app: ServerApp, run_config: dict[str, Any], processes: int
+) -> None:
+    """Run in Flower's own engine; sessions of merchants that were made are not left behind."""
+    from simulations.ray_engine import run_in_ray
+
+    for member in federation.members:
+        member.worker.ledger.close()
+    try:
+        run_in_ray(
+            server_app, [member.elsewhere for member in federation.members], run_config, processes
+        )
+    finally:
+        if not federation.durable:
+            for member in federation.members:
+                for path in member.worker.ledger.path.parent.glob(f"*{SESSION}*"):
+                    path.unlink()
 
 
 def _round_record(report: RoundReport, segments: int) -> RoundRecord:

@@ -30,8 +30,10 @@ LIBRARIES = {
         "server/stages.py",
         "simulations/engines.py",
         "simulations/grid.py",
+        "simulations/ray_engine.py",
         "simulations/run.py",
     },
+    "ray": {"simulations/ray_engine.py"},
     "torch": {
         "clients/kernel.py",
         "clients/training_opacus.py",

@@ -42,7 +42,7 @@ class Choices:
     seed: int | None
     data_seed: int
     insecure_plain_sums: bool
-    engine: Literal["cohort", "process"]
+    engine: Literal["cohort", "process", "ray"]
     processes: int
     out: Path | None
     overwrite: bool
@@ -89,6 +89,10 @@ def run(choices: Choices) -> None:
 
 def _prepared(choices: Choices) -> "Callable[[Path], Federation]":
     """Check every choice; return what makes the federation once its folder is there."""
+    if choices.engine == "ray":
+        from simulations.ray_engine import refuse_without_ray
+
+        refuse_without_ray(choices.processes)
     if _is_folder(choices.data):
         _refuse_overrides(choices)
         from simulations.federation import open_federation
