@@ -53,6 +53,7 @@ def run(*command: str, home: Path) -> str:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": "local",  # never a cluster that ran, or runs, beside us
     }
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:]],

@@ -62,6 +62,7 @@ class TestPretrain:
         with pytest.raises(ContractError, match="is there already"):
             hansa("pretrain", warm / "contract.toml", "--out", warm)
 
+    @pytest.mark.slow
     def test_a_start_is_replaced(self, warm: Path, tmp_path: Path) -> None:
         """The contract may have one already."""
         hansa("pretrain", warm / "contract.toml", "--out", tmp_path / "w", "--seed", 1)

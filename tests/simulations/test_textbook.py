@@ -12,7 +12,7 @@ from common.network import network_of
 from common.start import LEARNING_RATE, starting_from, starting_parameters, to_bytes
 from simulations import pretraining, textbook
 from simulations.datasets import ready_contract, ready_contracts
-from simulations.pretraining import pretrained
+from simulations.pretraining import Pretrained, pretrained
 from simulations.textbook import Textbook, customers
 
 
@@ -115,15 +115,21 @@ class TestCustomers:
         assert len(np.unique(customers(own, 3).y)) == len(own.segments.names)
 
 
+@pytest.fixture(scope="module")
+def result(linear: Contract) -> Pretrained:
+    """Train a linear model once."""
+    return pretrained(linear)
+
+
 class TestPretrained:
     """pretraining.pretrained."""
 
-    def test_better_than_nothing(self, linear: Contract) -> None:
+    def test_better_than_nothing(self, result: Pretrained) -> None:
         """On customers of shops that it was not trained on."""
-        result = pretrained(linear)
         assert result.accuracy > result.majority + 0.05
         assert result.unknown == ("household_size",)
 
+    @pytest.mark.slow
     def test_unknown_inputs_start_with_weight_zero(self, contract: Contract) -> None:
         """The federation learns what they are good for."""
         result = pretrained(contract.revised(model={"hidden": [4]}))
@@ -132,9 +138,9 @@ class TestPretrained:
         assert not first[:, [11, 12]].any()
         assert first[:, :11].any(axis=0).all()
 
-    def test_it_can_be_started_from(self, linear: Contract) -> None:
+    def test_it_can_be_started_from(self, linear: Contract, result: Pretrained) -> None:
         """Its file is one that contracts accept, and the learning rate suits it."""
-        content = to_bytes(pretrained(linear).parameters)
+        content = to_bytes(result.parameters)
         contract = starting_from(linear, content)
         assert contract.model.start == hashlib.sha256(content).hexdigest()
         assert contract.training.learning_rate == LEARNING_RATE
