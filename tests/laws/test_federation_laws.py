@@ -130,9 +130,19 @@ def test_merchants_add_up_to_the_union(
     assert np.all(error <= 0.51 * step * len(sizes))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("mode", ["distributed", "local"])
-@pytest.mark.parametrize("ring_bits", [32, 64])
+@pytest.mark.parametrize(
+    ("ring_bits", "mode", "optimizer"),
+    [
+        (32, "distributed", "adam"),
+        (64, "local", "sgd"),
+        pytest.param(32, "distributed", "sgd", marks=pytest.mark.slow),
+        pytest.param(32, "local", "sgd", marks=pytest.mark.slow),
+        pytest.param(32, "local", "adam", marks=pytest.mark.slow),
+        pytest.param(64, "distributed", "sgd", marks=pytest.mark.slow),
+        pytest.param(64, "distributed", "adam", marks=pytest.mark.slow),
+        pytest.param(64, "local", "adam", marks=pytest.mark.slow),
+    ],
+)
 def test_secure_sums_give_the_model_of_plain_sums(
     tmp_path: Path, ring_bits: int, mode: str, optimizer: str
 ) -> None:
