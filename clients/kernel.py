@@ -66,27 +66,28 @@ class _Block:
     """
 
     total: torch.Tensor
+    partial: torch.Tensor  # for a further block
     rows: int = 0
     first: bool = True
     empty: bool = True
 
-    def add(self, product: torch.Tensor, partial: torch.Tensor) -> None:
-        target = self.total if self.first else partial
+    def add(self, product: torch.Tensor) -> None:
+        target = self.total if self.first else self.partial
         if self.empty:
             target.copy_(product)
         else:
             target += product
         self.empty = False
 
-    def begin_another(self, partial: torch.Tensor) -> None:
+    def begin_another(self) -> None:
         if not (self.first or self.empty):
-            self.total += partial
+            self.total += self.partial
         self.rows, self.first, self.empty = 0, False, True
 
-    def finish(self, partial: torch.Tensor) -> None:
+    def finish(self) -> None:
         if self.first and self.empty:
             self.total.zero_()  # no customers
-        self.begin_another(partial)
+        self.begin_another()
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,12 @@ class Kernel:
         sums = np.empty_like(thetas) if out is None else out
         with self._lock:
             self._weights[: len(thetas)] = torch.from_numpy(thetas)
-            blocks = [_Block(row) for row in torch.from_numpy(sums)]
+            rows = zip(torch.from_numpy(sums), self._partial, strict=False)
+            blocks = [_Block(total, partial) for total, partial in rows]
             for chunks in self._passes(tables, chosen):
                 self._pass(chunks, blocks, clip_norm)
-            for block, partial in zip(blocks, self._partial, strict=False):
-                block.finish(partial)
+            for block in blocks:
+                block.finish()
         return sums
 
     def _lay_out(self, aligned: int) -> None:
@@ -282,12 +284,12 @@ class Kernel:
         for deltas in views.deltas:
             deltas.mul_(views.factor)
         for chunk, part in zip(chunks, parts, strict=True):
-            block, partial = blocks[chunk.model], self._partial[chunk.model]
+            block = blocks[chunk.model]
             if block.rows + self._most > BLOCK_ROWS:
-                block.begin_another(partial)
+                block.begin_another()
             for tiles in part.tiles:
                 self._sum(tiles)
-                block.add(self._product, partial)
+                block.add(self._product)
             block.rows += chunk.filled
 
     def _sum(self, tiles: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:

@@ -115,17 +115,10 @@ def pld_epsilon(mu: float, sampled: Sequence[tuple[float, float, int]], delta: f
         AccountingError: `delta` is so small, or the steps are so many, that rounding would
             decide; or there are more than a million steps.
     """
-    usable = _without_rounding(mu, sampled, delta)
     if not (mu or sampled):
+        _without_rounding(mu, sampled, delta)
         return 0.0
-    interval = _interval(mu, sampled)
-    parts = [_steps(sigma, rate, count, interval) for sigma, rate, count in sampled]
-    if mu:
-        parts.append(_steps(1 / mu, 1.0, 1, interval))
-    composed = parts[0]
-    for part in parts[1:]:
-        composed = composed.compose(part)
-    return float(composed.get_epsilon_for_delta(usable))
+    return GrowingLoss(mu, sampled).epsilon(mu, sampled, delta)
 
 
 class GrowingLoss:

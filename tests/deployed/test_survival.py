@@ -96,6 +96,8 @@ def test_the_superlink_is_killed_in_mid_round(up: Stack) -> None:
     # a node that the new one lets in again after the round's time limit is out of that round
     finished(up, run, less=(0, 1, 2, 3))
     assert up.pid(up.operator, "superlink") != before
+    everybody = range(up.merchants)
+    until(lambda: all(is_connected(up, n) for n in everybody), 60, "all nodes are back")
 
 
 @lengthy

@@ -49,7 +49,7 @@ def problem(network: Network, rows: int, seed: int, scale: float) -> tuple[np.nd
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(networks, st.integers(1, 30), seeds, clip_norms, scales, fineness)
 def test_rounded_gradient_sums_of_neighbours(
     network: Network, rows: int, seed: int, clip_norm: float, scale: float, steps: int
@@ -95,7 +95,7 @@ def test_kernel_is_opacus(
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     networks,
     st.lists(st.integers(0, 12), min_size=1, max_size=5),
@@ -174,7 +174,7 @@ def test_secure_sums_give_the_model_of_plain_sums(
         assert (one.merchants, one.stddev) == (other.merchants, other.stddev)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(networks, st.integers(1, 20), seeds)
 def test_order_of_customers_does_not_matter(network: Network, rows: int, seed: int) -> None:
     """A shuffled table gives the same sum, up to rounding far below one lattice step."""
