@@ -43,6 +43,17 @@ def saved(process: "subprocess.Popen[str]") -> int:
     return int(number)
 
 
+def rest_of(process: "subprocess.Popen[str]") -> str:
+    """Return what else a process says until it ends.
+
+    Not by `communicate`, which passes over what `readline` has fetched and not returned yet.
+    """
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    process.wait(timeout=60)
+    return rest
+
+
 def take_over(url: str) -> RunLease:
     """Take the run over, at a time when a silent process counts as dead."""
     return RunStore(url, lambda: time.time() + 7200).resume("run-1", "79")
@@ -76,7 +87,7 @@ def test_killed_while_it_saves(database_url: str) -> None:
                 told = saved(process)
             time.sleep(generator.uniform(0, 0.03))
             process.send_signal(signal.SIGKILL)
-            rest, _ = process.communicate(timeout=60)
+            rest = rest_of(process)
         told = max([told, *(int(line.split()[1]) for line in rest.splitlines())])
         lease = take_over(database_url)
         number = number_of(lease.checkpoint)
@@ -94,7 +105,7 @@ def test_sleeper_wakes_up_after_a_take_over(database_url: str) -> None:
         mine = number_of(lease.checkpoint) + 1000
         lease.save(body_of(mine), round=mine, epsilon=1.0, cohort=5)
         process.send_signal(signal.SIGCONT)
-        rest, _ = process.communicate(timeout=60)
+        rest = rest_of(process)
     assert "run run-1: was taken over by another process (epoch 2, this one has 1)" in rest
     assert RunStore(database_url).row("run-1").round == mine
     lease.stop("has seen enough")
@@ -144,7 +155,7 @@ def test_database_server_crashes() -> None:
                 cluster.start()
             told = [saved(process) for _ in range(5)][-1]
             process.kill()
-            rest, _ = process.communicate(timeout=60)
+            rest = rest_of(process)
         told = max([told, *(int(line.split()[1]) for line in rest.splitlines())])
         checkpoint = take_over(url).checkpoint
         number = number_of(checkpoint)
