@@ -137,11 +137,9 @@ def gradients(faulty: Callable[..., np.ndarray]) -> Any:
         if self.precision == "float64":  # what the faulty functions themselves compute with
             return honest(self, thetas, tables, chosen, clip_norm, out=out)
         (table,), (rows,) = tables, chosen
-        x = table.inputs[rows, : self.network.dims[0]].astype(np.float64)
-        theta = self.unpack(thetas)[0]
-        total = faulty(self.network, theta, x, table.labels[rows], clip_norm)
+        x = table.inputs[rows].astype(np.float64)
         found = np.empty_like(thetas) if out is None else out
-        found[:] = self.pack(total[None])
+        found[0] = faulty(self.network, thetas[0], x, table.labels[rows], clip_norm)
         return found
 
     return both(

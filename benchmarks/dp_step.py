@@ -133,7 +133,7 @@ class Setting:
 
     def ours(self) -> Step:
         """`clients.local_steps`, as many steps a call as are timed together."""
-        kernel = Kernel(Network(self.dims), 1, "float32")
+        kernel = Kernel(Network(self.dims), "float32")
         training = Training(
             mode="local",
             local_steps=_STEPS,
@@ -152,7 +152,7 @@ class Setting:
 
     def noise(self) -> Step:
         """Rounding and the cryptographic noise alone, of as many steps as are timed together."""
-        size = Kernel(Network(self.dims), 1, "float32").size
+        size = Network(self.dims).size
         numbers, stream, release = np.zeros(size), NoiseSource.fresh(), self._release()
 
         def steps() -> None:

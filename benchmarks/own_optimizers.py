@@ -69,7 +69,7 @@ def accuracy(job: Job) -> float:
 def _trained(
     contract: Contract, training: Training, release: Release, stacks: list[Any], seed: int
 ) -> Any:
-    kernel = kernel_of(network_of(contract), len(stacks), "float32")
+    kernel = kernel_of(network_of(contract), "float32")
     tables = [kernel.table(x[~test], y[~test]) for x, y, test in stacks]
     average = sum(map(len, tables)) / len(tables)  # stands in for the noisy one
     batch = average * training.sampling_rate

@@ -103,8 +103,8 @@ def engine(work: Workload, contract: Contract, meter: Meter) -> np.ndarray:
 def core(work: Workload, contract: Contract, meter: Meter, *, alike: bool) -> np.ndarray:
     """Take the same steps without anything around them; return the model."""
     network, release = network_of(contract), plan_of(contract).update
-    theta, merchants = initial_parameters(contract), work.cohorts.shape[1]
-    kernel = Kernel(network, merchants, "float32")
+    theta = initial_parameters(contract)
+    kernel = Kernel(network, "float32")
 
     def tables_of(cohort: Sequence[int]) -> list[Table]:
         return [kernel.table(np.asarray(work.x[k]), np.asarray(work.y[k])) for k in cohort]

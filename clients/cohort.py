@@ -1,7 +1,7 @@
 """Many merchants of one process answer together: charged one by one, computed at once.
 
 For simulations. Every merchant charges its own ledger, draws from its own streams, and gives the
-very answer that it would give alone; only the matrix products of all of them are one computation.
+very answer that it would give alone; only the gradients of all of them are one computation.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,18 +70,17 @@ def _vectors(parts: Sequence[Part]) -> list[Int[np.ndarray, " P"]]:
     contract, release = parts[0][0].contract, parts[0][1].release
     network, training = network_of(contract), contract.training
     if training.mode == "local":
-        kernel = kernel_of(network, AT_ONCE, "float32")
+        kernel = kernel_of(network, "float32")
         tasks = [worker.task(charged, kernel) for worker, charged in parts]
         changes = local_updates(kernel, tasks, training, release)
         return [worker.update_of(one) for (worker, _), one in zip(parts, changes, strict=True)]
-    kernel = kernel_of(network, AT_ONCE, "float64")
-    sums = kernel.sums(
-        kernel.pack(np.stack([charged.request.parameters for _, charged in parts])),
+    kernel = kernel_of(network, "float64")
+    exact = kernel.sums(
+        np.stack([charged.request.parameters for _, charged in parts]),
         [worker.table(kernel) for worker, _ in parts],
         [None] * len(parts),
         release.event.sensitivity,
     )
-    exact = kernel.unpack(sums)
     return [worker.noisy(charged, one) for (worker, charged), one in zip(parts, exact, strict=True)]
 
 

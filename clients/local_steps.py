@@ -47,19 +47,20 @@ def local_updates(
     is post-processing of noisy sums.
 
     Args:
-        kernel: For as many models as there are tasks.
+        kernel: Of the model's shape.
         tasks: One a merchant.
         training: Sampling rate, steps, and what `OwnOptimizer` reads.
         release: The planned release: clip norm, noise multiplier, lattice.
     """
-    start = kernel.pack(np.stack([task.start for task in tasks]))
+    start = np.stack([task.start for task in tasks])
     tables = [task.table for task in tasks]
     unit = lattice_step(release.event.sensitivity, release.steps)
     scales = np.array([[scale_of(unit, task.batch)] for task in tasks])
     optimizer, sums = OwnOptimizer(training, start), np.empty_like(start)
+    steps, length = training.local_steps, start.shape[1]
     sampling = [task.noise.spawn() for task in tasks]
-    noise = [iter(_noise_rows(kernel, task, training.local_steps, release)) for task in tasks]
-    for _ in range(training.local_steps):
+    noise = [iter(_noise_rows(length, task, steps, release)) for task in tasks]
+    for _ in range(steps):
         chosen = [
             stream.sampled(len(table), training.sampling_rate)
             for stream, table in zip(sampling, tables, strict=True)
@@ -68,17 +69,17 @@ def local_updates(
         for own, drawn in zip(sums, noise, strict=True):
             make_noisy(own, release, next(drawn))
         sums *= scales
-        sums[:, kernel.padding] = 0.0  # what fills up a packed vector is no parameter
         optimizer.step(sums)
-    return kernel.unpack(optimizer.theta - start)
+    changes: Float64[np.ndarray, "K P"] = optimizer.theta - start
+    return changes
 
 
 def _noise_rows(
-    kernel: Kernel, task: Task, steps: int, release: Release
-) -> Iterator[Int64[np.ndarray, " Q"]]:
+    length: int, task: Task, steps: int, release: Release
+) -> Iterator[Int64[np.ndarray, " P"]]:
     """Yield the noise of one step after the other."""
     left = steps
     while left:
-        rows = noise_of_steps(release, kernel.size, left, task.noise)
+        rows = noise_of_steps(release, length, left, task.noise)
         yield from rows
         left -= len(rows)

@@ -3,14 +3,15 @@
 Post-processing: what comes in holds its noise already, so that no choice here costs privacy.
 SGD, momentum and Adam as PyTorch has them; Adam with the decays of the coordinator's.
 
-Number by number, so that the K-th merchant of many gets the very bits that it gets alone, and
-what fills up a packed vector stays 0. State begins anew in every round: a merchant keeps nothing
+Number by number, so that the K-th merchant of many gets the very bits that it gets alone. State
+begins anew in every round: a merchant keeps nothing
 between rounds, and one that was away, or answers a second attempt, takes the same steps.
 """
 
 import numpy as np
 from jaxtyping import Float64
 
+from clients.step_loops import move
 from common.contract import ADAM_DECAYS, ADAM_EPSILON, Training
 from common.network import MAX_PARAMETER
 
@@ -28,13 +29,13 @@ class OwnOptimizer:
         theta: Parameters after the steps so far; the same array always.
     """
 
-    def __init__(self, training: Training, start: Float64[np.ndarray, "K Q"]) -> None:
+    def __init__(self, training: Training, start: Float64[np.ndarray, "K P"]) -> None:
         self.theta = start.copy()
         self._training, self._start, self._steps = training, start, 0
         self._spare = np.empty_like(start)
         self._first, self._second = np.zeros_like(start), np.zeros_like(start)
 
-    def step(self, gradient: Float64[np.ndarray, "K Q"]) -> None:
+    def step(self, gradient: Float64[np.ndarray, "K P"]) -> None:
         """Move each merchant's parameters against its gradient.
 
         Whether a merchant answers must not depend on its customers: steps never diverge.
@@ -54,11 +55,9 @@ class OwnOptimizer:
             self._first *= training.local_momentum
             self._first += gradient
             gradient[:] = self._first
-        gradient *= training.local_learning_rate
-        self.theta -= gradient
-        np.clip(self.theta, -MAX_PARAMETER, MAX_PARAMETER, out=self.theta)
+        move(self.theta, gradient, training.local_learning_rate, MAX_PARAMETER)
 
-    def _adapt(self, gradient: Float64[np.ndarray, "K Q"]) -> None:
+    def _adapt(self, gradient: Float64[np.ndarray, "K P"]) -> None:
         """Turn a gradient into Adam's direction (Kingma and Ba 2015, Algorithm 1)."""
         first_decay, second_decay = ADAM_DECAYS
         self._first *= first_decay

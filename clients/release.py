@@ -8,13 +8,15 @@ import math
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
-from common.errors import AccountingError
+from clients.step_loops import add_noise
+from common.errors import AccountingError, WireError
 from common.fixed_point import (
+    LIMIT,
     MAX_NOISE_STEPS,
     MIN_NOISE_STEPS,
     SMOOTHING_STEPS,
     STEPS_PER_UNIT,
-    check_multiples,
+    TOO_LARGE,
     lattice_sensitivity,
     lattice_step,
     to_lattice,
@@ -104,10 +106,9 @@ def make_noisy(
     Raises:
         WireError: A value is not finite or too large for the lattice.
     """
-    values *= 1.0 / lattice_step(release.event.sensitivity, release.steps)
-    np.rint(values, out=values)
-    check_multiples(values)
-    values += noise
+    inverse = 1.0 / lattice_step(release.event.sensitivity, release.steps)
+    if not add_noise(values, inverse, LIMIT, noise):
+        raise WireError(TOO_LARGE)
 
 
 def _share(stddev: float, sensitivity: float, contributors: int, steps: int) -> float:

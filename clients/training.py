@@ -42,7 +42,8 @@ def clipped_gradient_sum(
         y: Segment ids.
         clip_norm: L2 bound C, in the unit of the gradient.
     """
-    kernel = kernel_of(network, 1, "float64")
-    sums = kernel.sums(kernel.pack(theta[None]), [kernel.table(x, y)], [None], clip_norm)
-    unpacked: Float[np.ndarray, " P"] = kernel.unpack(sums)[0]
-    return unpacked
+    kernel = kernel_of(network, "float64")
+    total: Float[np.ndarray, " P"] = kernel.sums(
+        np.array(theta[None]), [kernel.table(x, y)], [None], clip_norm
+    )[0]
+    return total

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from clients.kernel import Kernel, Table, kernel_of
+from clients.kernel import Kernel, Precision, Table, kernel_of
 from clients.local_steps import Task, local_updates
 from clients.own_optimizers import OwnOptimizer, scale_of
 from clients.release import noisy_sum
@@ -151,7 +151,7 @@ class Worker:
         self._noise_for = noise_for
         self._repeatable = noise_for is not os_noise
         self._members_version = members_version
-        self._tables: dict[object, Table] = {}  # form -> the customers that are trained on
+        self._tables: dict[Precision, Table] = {}  # the customers that are trained on
         # the last in a plain sum: what it was for, the request's fingerprint, the answer
         self._plain: tuple[Occasion, str, SumAnswer] | None = None
         self._plan = plan_of(contract)
@@ -312,7 +312,7 @@ class Worker:
             return self.noisy(charged, self._exact(release, request))
         if self.contract.training.engine == "opacus":
             return self.update_of(self._local_change(charged))
-        kernel = kernel_of(self._network, 1, "float32")
+        kernel = kernel_of(self._network, "float32")
         tasks = [self.task(charged, kernel)]
         return self.update_of(local_updates(kernel, tasks, self.contract.training, release)[0])
 
@@ -323,9 +323,9 @@ class Worker:
 
     def table(self, kernel: Kernel) -> Table:
         """Return the customers that are trained on, as a kernel takes them."""
-        known = self._tables.get(kernel.form)
+        known = self._tables.get(kernel.precision)
         if known is None:
-            known = self._tables[kernel.form] = kernel.table(*self._train)
+            known = self._tables[kernel.precision] = kernel.table(*self._train)
         return known
 
     def update_of(self, change: Float[np.ndarray, " P"]) -> Int[np.ndarray, " P"]:

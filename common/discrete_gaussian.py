@@ -33,9 +33,10 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
-from jaxtyping import Int, Int16, Int64, UInt16, UInt64
+from jaxtyping import Int, Int16, Int32, Int64, UInt16, UInt64
 
 from common.errors import AccountingError
+from common.gaussian_loops import add_multiple, look_up, settle
 
 MIN_STDDEV = 20.0  # below this, sums of samples are no longer as good as one Gaussian
 MAX_STDDEV = 2.0**48  # the largest sample, 37 of it, fits into int64 800 times
@@ -219,37 +220,39 @@ def base_samples(
     Returns:
         How many thresholds do not exceed each uniform, less the reach.
     """
-    places: Int16[np.ndarray, " N"] = table.guide.take(prefixes)
-    unsure = np.flatnonzero(places < 0)
+    places = np.empty(prefixes.size, dtype=np.int16)
+    unsure = np.empty(prefixes.size, dtype=np.int32)
+    unsure = unsure[: look_up(table.guide, prefixes, table.reach, places, unsure)]
     if unsure.size:
-        places[unsure] = _settle(table, prefixes.take(unsure), ~places.take(unsure), words)
-    places -= np.int16(table.reach)
+        _settle(table, prefixes, unsure, words, places)
     return places
 
 
 def _settle(
     table: Table,
     prefixes: UInt16[np.ndarray, " N"],
-    least: Int16[np.ndarray, " N"],
+    unsure: Int32[np.ndarray, " U"],
     words: Words,
-) -> Int16[np.ndarray, " N"]:
-    """Count the thresholds that do not exceed uniforms with these first 16 bits.
+    places: Int16[np.ndarray, " N"],
+) -> None:
+    """Write the samples that the first 16 bits leave open."""
+    drawn, tied = words(unsure.size), np.empty(unsure.size, dtype=np.int32)
+    count = settle(
+        table.guide, table.rest, table.following, table.high, prefixes, unsure, drawn,
+        table.reach, places, tied,
+    )  # fmt: skip
+    for tie in tied[:count]:  # chance 2^-50 a sample, or less
+        sample = unsure[tie]
+        upper = _upper(prefixes[sample], drawn[tie])
+        start, end = (np.searchsorted(table.high, upper, side) for side in ("left", "right"))
+        rivals = table.low[start:end]
+        passed = start + np.searchsorted(rivals, words(1)[0], side="right")
+        places[sample] = passed - table.reach
 
-    Nearly always only one threshold, number `least`, begins with the same bits.
-    """
-    drawn, rest = words(least.size), table.rest.take(least)
-    places: Int16[np.ndarray, " N"] = least + (drawn >= rest)
-    equal = drawn - rest < 2**_GUIDE_BITS  # in what is compared; a difference below 0 is large
-    hard = np.flatnonzero(equal | (drawn >= table.following.take(least)))
-    prefix = prefixes[hard].astype(np.uint64) << np.uint64(64 - _GUIDE_BITS)
-    upper = prefix | drawn[hard] >> np.uint64(_GUIDE_BITS)
-    starts = np.searchsorted(table.high, upper, side="left")
-    ends = np.searchsorted(table.high, upper, side="right")
-    places[hard] = starts
-    for tie in np.flatnonzero(starts < ends):  # chance 2^-50 a sample, or less
-        rivals = table.low[starts[tie] : ends[tie]]
-        places[hard[tie]] += np.searchsorted(rivals, words(1)[0], side="right")
-    return places
+
+def _upper(prefix: np.uint16, word: np.uint64) -> np.uint64:
+    """Return the upper 64 bits of a uniform."""
+    return np.uint64(prefix) << np.uint64(64 - _GUIDE_BITS) | word >> np.uint64(_GUIDE_BITS)
 
 
 def samples(
@@ -278,7 +281,6 @@ def samples(
 def _summed(
     one: Int[np.ndarray, " count"], other: Int[np.ndarray, " count"], multiplier: int
 ) -> Int64[np.ndarray, " count"]:
-    total: Int64[np.ndarray, " count"] = other.astype(np.int64)
-    total *= multiplier
-    total += one
+    total = np.empty(one.size, dtype=np.int64)
+    add_multiple(one, other, multiplier, total)
     return total

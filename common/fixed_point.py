@@ -24,17 +24,17 @@ MIN_NOISE_STEPS = 50.0  # below this the argument of the docs is not made
 SMOOTHING_STEPS = 5.0  # of the noise, given away to make integers as good as real numbers
 SUMMATION_ERROR = 15.0 * 2.0**-20  # of float64 sums with and without a customer, sensitivities
 BLOCK_ROWS = 8192  # rows that are summed at once
-CHUNK_ROWS = 1024  # rows of a part of it
-TILE_ROWS = 128  # rows that a float32 number is a sum over
+TILE_ROWS = 64  # rows that a float32 number is a sum over
 TILES_AT_ONCE = 4  # of which as many are added up in float32
 MAX_SUMMANDS = 7_000_000  # customers of one merchant that the slack covers
 MAX_NOISE_STEPS = 2.0**47
 NOISE_REACH = 20.0  # standard deviations for which a ring keeps room
+TOO_LARGE = "the vector holds a value that is not finite or too large to be sent"
 _LOCAL_BOUND = {32: 64.0, 64: 2.0**20}  # of one merchant's change of a parameter
 _LOCAL_BITS = 30  # after the point, where the ring has room for them
 _LOCAL_NOISE_STEPS = 60_000.0
 _FEWEST_LOCAL_STEPS = 2**14
-_LIMIT = 2**52  # integers that float64 holds exactly, with room to spare in int64 sums
+LIMIT = 2.0**52  # integers that float64 holds exactly, with room to spare in int64 sums
 
 
 def to_lattice(values: Float[np.ndarray, " P"], step: float) -> Int[np.ndarray, " P"]:
@@ -44,14 +44,9 @@ def to_lattice(values: Float[np.ndarray, " P"], step: float) -> Int[np.ndarray, 
         WireError: A value is not finite or too large for the lattice.
     """
     scaled = np.rint(values / step)
-    check_multiples(scaled)
+    if scaled.size and not (scaled.max() < LIMIT and scaled.min() > -LIMIT):
+        raise WireError(TOO_LARGE)
     return scaled.astype(np.int64)
-
-
-def check_multiples(multiples: Float[np.ndarray, " P"]) -> None:
-    """Raise `WireError` where a number is not finite or too large for the lattice."""
-    if multiples.size and not (multiples.max() < _LIMIT and multiples.min() > -_LIMIT):
-        raise WireError("the vector holds a value that is not finite or too large to be sent")
 
 
 def from_lattice(multiples: Int[np.ndarray, " P"], step: float) -> Float[np.ndarray, " P"]:

@@ -1,4 +1,4 @@
-"""The tiled kernel: equal to Opacus' hooks, rows alone, one model like many."""
+"""The kernel: equal to Opacus' hooks, rows alone, one model like many."""
 
 import doctest
 import math
@@ -51,8 +51,7 @@ def kernel_sum(
     kernel: Kernel, theta: np.ndarray, x: np.ndarray, y: np.ndarray, clip_norm: float
 ) -> np.ndarray:
     """Return the flat sum of one model."""
-    sums = kernel.sums(kernel.pack(theta[None]), [kernel.table(x, y)], [None], clip_norm)
-    return kernel.unpack(sums)[0]
+    return kernel.sums(theta[None], [kernel.table(x, y)], [None], clip_norm)[0]
 
 
 def module_of(network: Network, theta: np.ndarray, dtype: torch.dtype) -> nn.Sequential:
@@ -138,7 +137,7 @@ class TestAgainstOpacus:
         hooks = Hooks(network, theta, clip_norm, 1.0)
         hooks.step(x, y)
         expected = theta - hooks.theta
-        found = kernel_sum(_kernel(network, precision), theta, x, y, clip_norm)
+        found = kernel_sum(Kernel(network, precision), theta, x, y, clip_norm)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[precision] * scale)
 
@@ -158,20 +157,19 @@ class TestAgainstOpacus:
         network = Network(dims, activation)
         theta, x, y = problem(network, 300)
         hooks = Hooks(network, theta, 0.5, 60.0, training)
-        kernel = _kernel(network, precision)
-        table, optimizer = kernel.table(x, y), OwnOptimizer(training, kernel.pack(theta[None]))
+        kernel = Kernel(network, precision)
+        table, optimizer = kernel.table(x, y), OwnOptimizer(training, theta[None])
         generator = np.random.default_rng(1)
         for step in range(50):
             chosen = np.flatnonzero(generator.random(300) < 0.2)
             chosen = chosen[: {3: 0, 5: 1}.get(step % 10, 300)]
             optimizer.step(kernel.sums(optimizer.theta, [table], [chosen], 0.5) / 60.0)
             hooks.step(x[chosen], y[chosen])
-            found, expected = kernel.unpack(optimizer.theta)[0], hooks.theta
+            found, expected = optimizer.theta[0], hooks.theta
             scale = np.abs(expected).max()
             np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[precision] * scale)
         scale = np.abs(expected - theta).max()
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[precision] * scale)
-        assert not optimizer.theta[:, kernel.padding].any()
 
     @pytest.mark.parametrize("precision", ["float32", "float64"])
     @pytest.mark.parametrize("training", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -180,16 +178,20 @@ class TestAgainstOpacus:
     def test_first_step(
         self, precision: Precision, training: Training, dims: tuple[int, ...], rows: int
     ) -> None:
-        """Of every shape and optimizer, nobody and one customer included."""
+        """Of every shape and optimizer, nobody and one customer included.
+
+        Relative to the largest change; Adam's, as above, to the largest parameter.
+        """
         network = Network(dims)
         theta, x, y = problem(network, rows)
         hooks = Hooks(network, theta, 0.5, 1.0, training)
         hooks.step(x, y)
-        kernel = _kernel(network, precision)
-        optimizer = OwnOptimizer(training, kernel.pack(theta[None]))
+        kernel = Kernel(network, precision)
+        optimizer = OwnOptimizer(training, theta[None])
         optimizer.step(kernel.sums(optimizer.theta, [kernel.table(x, y)], [None], 0.5))
-        scale = max(np.abs(hooks.theta - theta).max(), 1e-9)
-        found = kernel.unpack(optimizer.theta)[0]
+        reference = 0.0 if training is OPTIMIZERS["adam"] else theta
+        scale = max(np.abs(hooks.theta - reference).max(), 1e-9)
+        found = optimizer.theta[0]
         np.testing.assert_allclose(found, hooks.theta, rtol=0, atol=TOLERANCE[precision] * scale)
 
 
@@ -207,11 +209,11 @@ class TestRowsAreAlone:
         A row whose norm no float holds adds nothing; so the others are made such.
         """
         network = Network(dims, activation)
-        kernel = _kernel(network, precision)
-        theta, x, y = problem(network, 97)
+        kernel = Kernel(network, precision)
+        theta, x, y = problem(network, 197)
         alone = kernel_sum(kernel, theta, x[:1], y[:1], 1.0)
         huge = 1e30 if precision == "float32" else 1e305
-        for place in (0, 1, 40, 95, 96):
+        for place in (0, 1, 2, 3, 40, 62, 63, 64, 95, 130, 193, 195, 196):
             company = np.full_like(x, huge)
             company[place] = x[0]
             labels = y.copy()
@@ -226,16 +228,16 @@ class TestRowsAreAlone:
     ) -> None:
         """A customer taken from the middle moves the sum by no more than is allowed for."""
         network = Network(dims)
-        kernel = _kernel(network, precision)
+        kernel = Kernel(network, precision)
         theta, x, y = problem(network, rows, seed)
         gone = seed % rows
         order = np.array([k for k in range(rows) if k != gone], dtype=np.int64)
-        table, packed = kernel.table(x, y), kernel.pack(theta[None] * 10.0 ** (seed % 5))
-        without = kernel.sums(packed, [table], [order], 1.0)
+        table, thetas = kernel.table(x, y), theta[None] * 10.0 ** (seed % 5)
+        without = kernel.sums(thetas, [table], [order], 1.0)
         # as the proof has it: the customer takes somebody's place, who goes to the end
         whole = np.append(order, gone)
         whole[[gone, -1]] = whole[[-1, gone]]
-        moved = np.linalg.norm(kernel.sums(packed, [table], [whole], 1.0) - without)
+        moved = np.linalg.norm(kernel.sums(thetas, [table], [whole], 1.0) - without)
         allowed = float32_error(dims) if precision == "float32" else 1e-9
         assert moved <= 1.0 + allowed
 
@@ -243,7 +245,7 @@ class TestRowsAreAlone:
     def test_edge_of_a_relu(self, precision: Precision) -> None:
         """Parameters under which rounding decides a relu gain a server nothing."""
         network = Network((26, 8, 4))
-        kernel = _kernel(network, precision)
+        kernel = Kernel(network, precision)
         for seed in range(6):
             theta, x, _ = problem(network, 1, seed)
             theta = theta.astype(np.float32).astype(np.float64)
@@ -256,35 +258,6 @@ class TestRowsAreAlone:
                 whole = kernel_sum(kernel, theta, many, labels, 1.0)
                 without = kernel_sum(kernel, theta, many[1:], labels[1:], 1.0)
                 assert np.linalg.norm(whole - without) <= 1.0 + 1e-5
-
-    def test_trial_sees_rows_that_know_each_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With products that round by place the kernel takes other ways, to the same sums."""
-        network = Network((5, 4, 3))
-        theta, x, y = problem(network, 70)
-        expected = kernel_sum(Kernel(network), theta, x, y, 1.0)
-        true_product = torch.mm
-
-        def by_place(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-            true_product(a, b, out=out)
-            if len(a) > 32 and a.shape[1] < 32:
-                out[33:] *= 1 + 2.0**-50
-            return out
-
-        monkeypatch.setattr(torch, "mm", by_place)
-        kernel = Kernel(network)
-        assert kernel._steps == 32
-        np.testing.assert_allclose(kernel_sum(kernel, theta, x, y, 1.0), expected, rtol=1e-12)
-
-        def anyhow(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-            true_product(a, b, out=out)
-            out[1::2] *= 1 + 2.0**-50
-            return out
-
-        monkeypatch.setattr(torch, "mm", anyhow)
-        kernel = Kernel(network)
-        assert kernel._steps == 0
-        monkeypatch.undo()
-        np.testing.assert_allclose(kernel_sum(kernel, theta, x, y, 1.0), expected, rtol=1e-12)
 
 
 class TestManyModels:
@@ -299,15 +272,15 @@ class TestManyModels:
         """Row k is, to the last bit, what model k gets alone; customers are ragged, some none."""
         network = Network(dims, activation)
         sizes = [0, 1, 31, 32, 33, 700, 5, 2500]
-        many, one = Kernel(network, len(sizes), precision), Kernel(network, 1, precision)
+        many, one = Kernel(network, precision), Kernel(network, precision)
         problems = [problem(network, size, seed) for seed, size in enumerate(sizes)]
         thetas = np.stack([theta for theta, _, _ in problems])
         tables = [many.table(x, y) for _, x, y in problems]
         generator = np.random.default_rng(0)
         chosen = [generator.permutation(size)[: size * 9 // 10] for size in sizes]
-        sums = many.sums(many.pack(thetas), tables, chosen, 0.7)
+        sums = many.sums(thetas, tables, chosen, 0.7)
         for k in range(len(sizes)):
-            alone = one.sums(one.pack(thetas[k : k + 1]), [tables[k]], [chosen[k]], 0.7)
+            alone = one.sums(thetas[k : k + 1], [tables[k]], [chosen[k]], 0.7)
             assert np.array_equal(sums[k], alone[0])
         assert not sums[0].any()
 
@@ -326,30 +299,8 @@ class TestManyModels:
         np.testing.assert_allclose(whole, counts @ once, atol=1e-12 * rows)
 
 
-class TestVectors:
-    """Tables and packed vectors."""
-
-    @given(st.sampled_from(SHAPES), st.sampled_from(["float32", "float64"]), st.integers(1, 3))
-    @settings(max_examples=20, deadline=None)
-    def test_pack_and_unpack(self, dims: tuple[int, ...], precision: Precision, count: int) -> None:
-        """Unpacking undoes packing, and what fills up is zero."""
-        network = Network(dims)
-        kernel = _kernel(network, precision)
-        vectors = np.random.default_rng(0).normal(size=(count, network.size))
-        packed = kernel.pack(vectors)
-        assert np.array_equal(kernel.unpack(packed), vectors)
-        assert not packed[:, kernel.padding].any()
-        assert kernel.size - kernel.padding.size == network.size
-
-    def test_what_fills_up_stays_zero(self) -> None:
-        """No sum has a number where there is no parameter."""
-        network = Network((5, 3, 5, 3))
-        for precision in ("float32", "float64"):
-            kernel = Kernel(network, 1, precision)
-            theta, x, y = problem(network, 50)
-            sums = kernel.sums(kernel.pack(theta[None]), [kernel.table(x, y)], [None], 1.0)
-            assert not sums[:, kernel.padding].any()
-            assert sums.any()
+class TestTables:
+    """What a kernel takes, and what it refuses."""
 
     @pytest.mark.parametrize("label", [-1, 3])
     def test_no_such_segment(self, label: int) -> None:
@@ -357,11 +308,20 @@ class TestVectors:
         with pytest.raises(IndexError, match="from 0 to 2"):
             Kernel(Network((5, 3))).table(np.zeros((1, 5)), np.array([label]))
 
+    @pytest.mark.parametrize("row", [-1, 5, 2**40])
+    def test_no_such_row(self, row: int) -> None:
+        """A row that the table does not have is refused, and nothing is summed."""
+        kernel, out = Kernel(Network((5, 3))), np.full((1, 18), 7.0)
+        table = kernel.table(np.zeros((5, 5)), np.zeros(5, dtype=np.int64))
+        with pytest.raises(IndexError, match="not in the table"):
+            kernel.sums(np.zeros((1, 18)), [table], [np.array([0, row])], 1.0, out=out)
+        assert (out == 7.0).all()
+
     @pytest.mark.parametrize("precision", ["float32", "float64"])
     def test_rows_that_no_float_holds(self, precision: Precision) -> None:
         """They add nothing, and take nothing from the others."""
         network = Network((4, 6, 3))
-        kernel = Kernel(network, 1, precision)
+        kernel = Kernel(network, precision)
         theta, x, y = problem(network, 8)
         expected = kernel_sum(kernel, theta, x[:4], y[:4], 1.0)
         x[4:] = [[1e38], [-1e37], [1e39], [1e36]] if precision == "float32" else [[1e308]] * 4
@@ -372,23 +332,13 @@ class TestVectors:
 
 
 def test_float32_error() -> None:
-    """Less than half a percent for the networks of the benchmarks."""
-    assert 0.003 < float32_error((128, 256, 128, 16)) < 0.005
+    """Little more than a thousandth for the networks of the benchmarks."""
+    assert 0.001 < float32_error((128, 256, 128, 16)) < 0.0013
     assert math.isclose(
-        float32_error((5, 3)), 1.001 * (2 * 33 + 4 * 129 * 128 + 4 * 3 * 4 * 128) * 2.0**-24
+        float32_error((5, 3)), 1.001 * (2 * 33 + 4 * 65 * 64 + 4 * 3 * 4 * 64) * 2.0**-24
     )
 
 
 def test_examples_hold() -> None:
     """The docstrings' examples are true."""
     assert doctest.testmod(clients.kernel).failed == 0
-
-
-_KERNELS: dict[tuple[Network, Precision], Kernel] = {}
-
-
-def _kernel(network: Network, precision: Precision) -> Kernel:
-    """Return a kernel that other tests used: trying all its shapes takes longer than a test."""
-    if (network, precision) not in _KERNELS:
-        _KERNELS[network, precision] = Kernel(network, 1, precision)
-    return _KERNELS[network, precision]

@@ -77,7 +77,7 @@ class TestManyAtOnce:
         training = training_of(**optimizer, **changes)
         release = release_of(training)
         sizes = [0, 3, 150, 1000, 77]
-        many, one = Kernel(NETWORK, len(sizes), precision), Kernel(NETWORK, 1, precision)
+        many, one = Kernel(NETWORK, precision), Kernel(NETWORK, precision)
         together = local_updates(
             many, [task_of(many, k, size) for k, size in enumerate(sizes)], training, release
         )
@@ -94,7 +94,7 @@ class TestNoise:
     def numbers(self, sigma: float) -> np.ndarray:
         """Return the noise of steps without customers, in clip norms."""
         training = training_of(local_steps=1)
-        kernel = Kernel(NETWORK, self.STEPS, "float32")
+        kernel = Kernel(NETWORK, "float32")
         tasks = [task_of(kernel, seed, 0) for seed in range(self.STEPS)]
         changes = local_updates(kernel, tasks, training, release_of(training, sigma))
         batches = np.array([[task.batch] for task in tasks])
@@ -121,7 +121,7 @@ class TestNoise:
     def test_fresh_at_every_step_and_merchant(self) -> None:
         """Numbers of different merchants, and of one merchant's steps, are uncorrelated."""
         training = training_of(local_steps=1)
-        kernel = Kernel(NETWORK, 1, "float32")
+        kernel = Kernel(NETWORK, "float32")
         task = task_of(kernel, 0, 0)  # its stream goes on
         steps = [local_updates(kernel, [task], training, release_of(training))[0] for _ in range(3)]
         other = local_updates(kernel, [task_of(kernel, 1, 0)], training, release_of(training))[0]
@@ -135,7 +135,7 @@ class TestNoise:
 def test_never_diverges(optimizer: dict[str, Any], rate: float, batch: float) -> None:
     """However absurd the learning rate and the divisor, parameters stay within the bound."""
     training = training_of(**{**optimizer, "local_learning_rate": rate, "local_steps": 20})
-    kernel = Kernel(NETWORK, 1, "float32")
+    kernel = Kernel(NETWORK, "float32")
     task = replace(task_of(kernel, 0, 200), batch=batch)
     change = local_updates(kernel, [task], training, release_of(training))[0]
     assert np.isfinite(change).all()
@@ -154,7 +154,7 @@ def test_wide_noise_takes_a_finer_lattice_only_where_it_is_cheap() -> None:
 def test_noise_does_not_depend_on_customers(optimizer: dict[str, Any], rate: float) -> None:
     """With another number of customers, of whom none learns anything, the noise is the same."""
     training = training_of(sampling_rate=rate, local_steps=9, **optimizer)
-    kernel = Kernel(NETWORK, 1, "float32")
+    kernel = Kernel(NETWORK, "float32")
     changes = []
     for rows in (0, 1, 70):
         task = task_of(kernel, 0, 5)

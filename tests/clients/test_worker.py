@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import clients.worker
-from clients.kernel import kernel_of
 from clients.release import noise_of_steps, noisy_sum
 from clients.secure_party import SecureParty
 from clients.session_store import MemoryStore
@@ -476,18 +475,13 @@ class TestLocalMode:
         theta = torch.from_numpy(start.copy())
         stepper = self.stepper(contract.training, theta)
         x, y = some_customers().part(held_out=False)
-        kernel = kernel_of(network_of(contract), 1, "float32")
         noise.spawn()  # whose stream says who is chosen: here all
-        drawn = [*noise_of_steps(release, kernel.size, steps, noise)]
+        drawn = [*noise_of_steps(release, start.size, steps, noise)]
         assert len(drawn) == steps
         for _ in range(steps):
             exact = clipped_gradient_sum(network_of(contract), theta.numpy(), x, y, clip_norm)
-            noisy = to_lattice(
-                kernel.pack(exact[None])[0], lattice_step(clip_norm, release.steps)
-            ) + drawn.pop(0)
-            noisy[kernel.padding] = 0
-            flat = kernel.unpack(noisy[None].astype(np.float64))[0]
-            gradient = flat * lattice_step(clip_norm, release.steps) / batch
+            noisy = to_lattice(exact, lattice_step(clip_norm, release.steps)) + drawn.pop(0)
+            gradient = noisy * lattice_step(clip_norm, release.steps) / batch
             theta.grad = torch.from_numpy(gradient + proximal * (theta.numpy() - start))
             stepper.step()
         return theta.numpy() - start

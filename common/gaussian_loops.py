@@ -1,0 +1,90 @@
+"""The loops of `common.discrete_gaussian`: integers are compared, added and multiplied."""
+
+from typing import Any
+
+import numpy as np
+
+from common.compiled import compiled
+
+
+@compiled
+def look_up(guide: Any, prefixes: Any, reach: int, places: Any, unsure: Any) -> int:
+    """Write the samples that 16 bits settle into `places`, and which they do not into `unsure`.
+
+    Args:
+        guide: [G] of the table; below 0 where 16 bits do not do.
+        prefixes: [N] uniforms below G.
+        reach: What a sample is less than its place in the table.
+        places: [N] samples.
+        unsure: [N]; as many are written as are returned.
+
+    Returns:
+        How many are not settled.
+    """
+    count = 0
+    for number in range(len(prefixes)):
+        place = guide[prefixes[number]]
+        places[number] = place - reach
+        unsure[count] = number
+        count += place < 0
+    return count
+
+
+@compiled
+def settle(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by name
+    guide: Any,
+    rest: Any,
+    following: Any,
+    high: Any,
+    prefixes: Any,
+    unsure: Any,
+    drawn: Any,
+    reach: int,
+    places: Any,
+    tied: Any,
+) -> int:
+    """Write the samples that 64 bits settle; nearly always one threshold begins with the same 16.
+
+    Args:
+        guide: [G] as in `look_up`.
+        rest: [T] what follows the first 16 bits of each threshold.
+        following: [T] the same of the next threshold, if it begins alike.
+        high: [T] the thresholds' upper 64 bits, ascending.
+        prefixes: [N].
+        unsure: [U] which ones.
+        drawn: [U] a word for each, whose upper 48 bits follow the prefix.
+        reach: What a sample is less than its place in the table.
+        places: [N] samples.
+        tied: [U] places in `unsure` of those that equal a threshold; as many as are returned.
+
+    Returns:
+        How many equal a threshold in 64 bits.
+    """
+    ties = 0
+    for number in range(len(unsure)):
+        sample, word = unsure[number], drawn[number]
+        least = -1 - guide[prefixes[sample]]
+        threshold = rest[least]
+        place = least + (word >= threshold)
+        # in what is compared; unsigned, so that a difference below 0 is large
+        if (word - threshold) >> 16 == 0 or word >= following[least]:
+            upper = np.uint64(prefixes[sample]) << np.uint64(48) | word >> np.uint64(16)
+            place, above = least, len(high)
+            while place < above:  # thresholds before `place` are passed, those from `above` not
+                middle = (place + above) // 2
+                if high[middle] < upper:
+                    place = middle + 1
+                else:
+                    above = middle
+            if place < len(high) and high[place] == upper:
+                tied[ties] = number
+                ties += 1
+        places[sample] = place - reach
+    return ties
+
+
+@compiled
+def add_multiple(one: Any, other: Any, multiplier: int, total: Any) -> None:
+    """Write `one + multiplier * other` into `total`, int64; all [N]."""
+    for place in range(len(total)):
+        total[place] = one[place] + multiplier * other[place]
