@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Int, Int16, Int32, Int64, UInt16, UInt64
 
 from common.errors import AccountingError
-from common.gaussian_loops import add_multiple, look_up, settle
+from common.noise_loops import add_multiple, look_up, settle
 
 MIN_STDDEV = 20.0  # below this, sums of samples are no longer as good as one Gaussian
 MAX_STDDEV = 2.0**48  # the largest sample, 37 of it, fits into int64 800 times

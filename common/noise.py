@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from jaxtyping import Int64
 
 from common.discrete_gaussian import Plan, choose_plan, samples
+from common.noise_loops import any_twice, choose
 
 _SAMPLES = 2**17  # of a table at a time: what they take stays in the processor's cache
 
@@ -90,13 +91,13 @@ class NoiseSource:
         the words of the chosen ones, which are uniform, whoever is chosen. If two are equal, all
         get new words for the order.
         """
-        words = self._words(count)
+        rows, keys = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.uint64)
         limit = np.uint64(math.ceil(rate * 2.0**53))
-        rows = np.flatnonzero(words >> np.uint64(11) < limit)
-        keys = words[rows]
+        chosen = choose(self._words(count), limit, rows, keys)
+        rows, keys = rows[:chosen], keys[:chosen]
         order = np.argsort(keys)
-        while (keys[order[1:]] == keys[order[:-1]]).any():
-            keys = self._words(rows.size)
+        while any_twice(keys, order):
+            keys = self._words(chosen).copy()
             order = np.argsort(keys)
         return rows[order]
 

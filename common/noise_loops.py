@@ -1,4 +1,4 @@
-"""The loops of `common.discrete_gaussian`: integers are compared, added and multiplied."""
+"""The loops of `common.discrete_gaussian` and `common.noise`: integers alone."""
 
 from typing import Any
 
@@ -88,3 +88,32 @@ def add_multiple(one: Any, other: Any, multiplier: int, total: Any) -> None:
     """Write `one + multiplier * other` into `total`, int64; all [N]."""
     for place in range(len(total)):
         total[place] = one[place] + multiplier * other[place]
+
+
+@compiled
+def choose(words: Any, limit: Any, rows: Any, keys: Any) -> int:
+    """Write which words' upper 53 bits lie below `limit` into `rows`, and these words into `keys`.
+
+    Args:
+        words: [N], uint64.
+        limit: uint64.
+        rows: [N], int64; as many are written as are returned.
+        keys: [N], uint64; the same.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    for row in range(len(words)):
+        rows[count], keys[count] = row, words[row]
+        count += words[row] >> 11 < limit
+    return count
+
+
+@compiled
+def any_twice(keys: Any, order: Any) -> bool:
+    """Return whether two keys are equal; `order` [N] sorts them."""
+    twice = False
+    for place in range(1, len(order)):
+        twice |= keys[order[place]] == keys[order[place - 1]]
+    return twice
