@@ -178,6 +178,20 @@ class Worker:
             validate_for_privacy(self._network)
         torch.set_num_threads(1)  # small batches are slower, and not repeatable, with more
 
+    def get_going(self) -> None:
+        """Let everything be compiled that the first answers would wait for; seconds, once.
+
+        Nothing of it depends on customers, and nothing leaves.
+        """
+        noise = NoiseSource.fresh()
+        noise.discrete_gaussian(1, 1000.0)
+        noise.sampled(1, 1.0)
+        kernel = kernel_of(
+            self._network, "float32" if self.contract.training.mode == "local" else "float64"
+        )
+        nobody = kernel.table(np.zeros((0, self._network.dims[0])), np.zeros(0, dtype=np.int64))
+        kernel.sums(np.zeros((1, self._network.size)), [nobody], [None], 1.0)
+
     def attest(self, message: Attest) -> Attested:
         """Say whether this merchant takes part; nothing about customers is in the answer."""
         try:

@@ -215,7 +215,9 @@ def opened_for_a_run(path: Path, *, rehearsal: bool) -> "Opened":
             f"{path}: simulation.seed makes the noise guessable; remove it to take part in a run "
             "(or rehearse, with customers that nobody has to protect: --rehearsal)"
         )
-    return open_worker(path)
+    opened = open_worker(path)
+    opened.worker.get_going()
+    return opened
 
 
 def main() -> int:

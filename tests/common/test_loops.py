@@ -1,0 +1,107 @@
+"""Compiled loops: the same as the plain Python in them, kept between processes where it can be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clients.step_loops import add_noise, move
+from common.noise_loops import any_twice, choose
+
+ROOT = Path(__file__).parents[2]
+LOOP = """
+from common.compiled import compiled
+
+@compiled
+def double(number):
+    return 2 * number
+"""
+
+
+words = st.integers(0, 2**64 - 1)
+
+
+class TestLikePython:
+    """Machine code and the text it was made from."""
+
+    @given(st.lists(words, max_size=40), st.floats(0, 1))
+    def test_choose(self, drawn: list[int], rate: float) -> None:
+        """Whose upper 53 bits lie below the limit, and their words, in order."""
+        numbers = np.array(drawn, dtype=np.uint64)
+        limit = np.uint64(np.ceil(rate * 2.0**53))
+        rows, keys = np.zeros(41, dtype=np.int64), np.zeros(41, dtype=np.uint64)
+        count = choose(numbers, limit, rows, keys)
+        expected = [row for row, word in enumerate(drawn) if word >> 11 < int(limit)]
+        assert rows[:count].tolist() == expected
+        assert keys[:count].tolist() == [drawn[row] for row in expected]
+
+    @given(st.lists(st.integers(0, 30), max_size=12))
+    def test_any_twice(self, drawn: list[int]) -> None:
+        """Two equal keys are found wherever they are."""
+        keys = np.array(drawn, dtype=np.uint64)
+        assert any_twice(keys, np.argsort(keys)) == (len(set(drawn)) < len(drawn))
+
+    @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=20), st.integers(-(2**40), 2**40))
+    def test_add_noise(self, sums: list[float], number: int) -> None:
+        """Rounded half to even, like numpy; integers are added exactly."""
+        values = np.array(sums)
+        noise = np.full(len(sums), number)
+        expected = np.rint(values * 8.0) + noise
+        assert add_noise(values, 8.0, 2.0**52, noise)
+        assert np.array_equal(values, expected)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**52, -(2.0**52)])
+    @pytest.mark.parametrize("place", [0, 5, 9])
+    def test_too_large(self, bad: float, place: int) -> None:
+        """One number that a lattice does not hold is seen at every place."""
+        values = np.zeros(10)
+        values[place] = bad
+        assert not add_noise(values, 1.0, 2.0**52, np.zeros(10, dtype=np.int64))
+
+    @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.floats(0, 1e6))
+    def test_move(self, slopes: list[float], rate: float) -> None:
+        """Against the gradient, and never beyond the bound; the very numbers of numpy."""
+        gradient = np.array([slopes, slopes[::-1]])
+        theta = np.linspace(-3, 3, gradient.size).reshape(gradient.shape)
+        expected = np.clip(theta - gradient * rate, -100.0, 100.0)
+        move(theta, gradient, rate, 100.0)
+        assert np.array_equal(theta, expected)
+
+
+class TestKept:
+    """Machine code on the disk."""
+
+    def run(self, folder: Path, code: str) -> str:
+        """Run a few lines beside a module with a loop."""
+        (folder / "loop.py").write_text(LOOP)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env={"PYTHONPATH": f"{ROOT}:{folder}", "HOME": str(folder / "nowhere")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    def test_the_next_process_finds_it(self, tmp_path: Path) -> None:
+        """The first one compiles, the second one reads."""
+        code = "from loop import double; print(double(21), len(double.stats.cache_hits))"
+        assert self.run(tmp_path, code) == "42 0"
+        assert self.run(tmp_path, code) == "42 1"
+
+    def test_where_nothing_can_be_written(self, tmp_path: Path) -> None:
+        """It is compiled all the same."""
+        code = (
+            "from numba.core import caching\n"
+            "def refuse(*_): raise OSError('read-only')\n"
+            "for kind in caching.FunctionCache._impl_class._locator_classes:\n"
+            "    kind.ensure_cache_path = refuse\n"
+            "from loop import double; print(double(21), double.stats.cache_path)"
+        )
+        assert self.run(tmp_path, code) == "42 None"
+        assert not [*tmp_path.rglob("*.nbi")]
