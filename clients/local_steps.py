@@ -70,7 +70,7 @@ def local_updates(
             make_noisy(own, release, next(drawn))
         sums *= scales
         optimizer.step(sums)
-    changes: Float64[np.ndarray, "K P"] = optimizer.theta - start
+    changes: Float64[np.ndarray, "K P"] = np.subtract(optimizer.theta, start, out=start)
     return changes
 
 
