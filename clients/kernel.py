@@ -23,11 +23,12 @@ import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
 from clients.kernel_loops import COLUMNS, LAYER, LINE, gradient_sum
-from common.fixed_point import TILE_ROWS
+from common.fixed_point import BLOCK_ROWS, TILE_ROWS, TILES_AT_ONCE
 from common.network import Network
 
 Precision = Literal["float32", "float64"]
 
+_SIZES = TILE_ROWS, TILE_ROWS * TILES_AT_ONCE, BLOCK_ROWS
 _LARGEST = {"float32": 2.0**60, "float64": 2.0**600}  # squared norm of a layer's inputs
 
 
@@ -110,6 +111,7 @@ class Kernel:
                 gradient_sum(
                     theta,
                     self._layers,
+                    _SIZES,
                     table.inputs,
                     table.labels,
                     np.arange(len(table)) if rows is None else rows,

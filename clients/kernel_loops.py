@@ -2,7 +2,8 @@
 
 Rows do not know each other. A number of a row is a chain of fused multiplications and additions
 over the row's own numbers, in an order that is written down here and the same at every place of
-every size; IEEE 754 fixes each of them. No library chooses anything by the number of rows.
+every size; IEEE 754 fixes each of them. (The order in which a norm's squares are added is the
+compiler's, for rows of this length.) No library chooses anything by the number of rows.
 
 Buffers are flat; `layers` says where each layer's numbers begin, `LAYER` what it holds. Matrices
 that are multiplied from the right lie in panels of `lanes` columns: [panel, row, lane].
@@ -17,12 +18,10 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from common.compiled import compiled
-from common.fixed_point import BLOCK_ROWS, TILE_ROWS, TILES_AT_ONCE
 
 LINE = 64  # bytes of a panel's row: a cache line
 STRIP = 4  # rows of a batch that are multiplied at once
 COLUMNS = 6  # of a batch, of which products are summed at once
-_GROUP_ROWS = TILE_ROWS * TILES_AT_ONCE
 _STABILISER = 1e-6  # Opacus': the factor is min(1, C / (norm + 1e-6))
 
 LAYER = np.dtype(
@@ -30,7 +29,7 @@ LAYER = np.dtype(
         ("inputs", np.int64),  # without the one
         ("outputs", np.int64),
         ("panels", np.int64),  # of the outputs
-        ("given", np.int64),  # where the rows of inputs begin: [TILE_ROWS, given_width]
+        ("given", np.int64),  # where the rows of inputs begin: [tile rows, given_width]
         ("given_width", np.int64),
         ("delta", np.int64),  # where the rows of output gradients begin
         ("delta_width", np.int64),
@@ -145,6 +144,7 @@ _column_product = _products(COLUMNS)
 def gradient_sum(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by name
     theta: Any,
     layers: Any,
+    sizes: Any,
     inputs: Any,
     labels: Any,
     chosen: Any,
@@ -162,6 +162,7 @@ def gradient_sum(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by
     Args:
         theta: [P] flat parameters, float64.
         layers: [L] of `LAYER`.
+        sizes: Rows of a tile, of tiles that are added up in this precision, and of a block.
         inputs: [R, F] model inputs.
         labels: [R] segment ids.
         chosen: [N] rows, in the order in which they are summed.
@@ -178,25 +179,26 @@ def gradient_sum(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by
         IndexError: A chosen row is not below R.
     """
     count = len(chosen)
+    tile_rows, group_rows, block_rows = sizes
     _check(chosen, len(labels))
     _spread(theta, layers, weights)
     if count == 0:
         out[:] = 0.0
-    for block in range(0, count, BLOCK_ROWS):
-        stop = min(block + BLOCK_ROWS, count)
-        for group in range(block, stop, _GROUP_ROWS):
-            end = min(group + _GROUP_ROWS, stop)
-            for tile in range(group, end, TILE_ROWS):
-                rows = min(TILE_ROWS, end - tile)
+    for block in range(0, count, block_rows):
+        stop = min(block + block_rows, count)
+        for group in range(block, stop, group_rows):
+            end = min(group + group_rows, stop)
+            for tile in range(group, end, tile_rows):
+                rows = min(tile_rows, end - tile)
                 _fill(layers[0], inputs, chosen[tile : tile + rows], values)
                 _go_forward(layers, rows, tanh, weights, values)
                 _compare(layers[-1], labels, chosen[tile : tile + rows], values)
                 _go_backward(layers, rows, tanh, weights, values)
                 _clip(layers, rows, clip_norm, largest, values)
                 _multiply(layers, rows, tile == group, values, product)
-            if stop - block > _GROUP_ROWS:
+            if stop - block > group_rows:
                 _add(product, group == block, partial)
-        if stop - block > _GROUP_ROWS:
+        if stop - block > group_rows:
             _collect(layers, partial, block == 0, out)
         else:
             _collect(layers, product, block == 0, out)
@@ -350,6 +352,7 @@ def _clip(layers: Any, rows: int, clip_norm: float, largest: float, values: Any)
             delta = _square(values, layer.delta + row * layer.delta_width, layer.outputs)
             held = held and given <= largest
             norm += given * delta
+        held = held and norm < math.inf  # which NaN is not either
         factor = values.dtype.type(min(1.0, clip_norm / (math.sqrt(float(norm)) + _STABILISER)))
         held = held and factor > 0.0
         for number in range(len(layers)):

@@ -2,7 +2,8 @@
 
 Rules for such functions: a module of their own (tools that check types at run time wrap Python
 functions, and numba cannot read those), no check of indices (whoever calls them makes sure that
-they hold), and whatever they call in the same file: numba looks for changes in that file alone.
+they hold), and whatever they call, and every constant, in the same file: numba looks for changes
+in that file alone, and constants of another one would stay what they were.
 """
 
 from collections.abc import Callable

@@ -331,6 +331,32 @@ class TestTables:
         assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_parameters_that_no_gradient_survives(precision: Precision) -> None:
+    """Where a gradient overflows on its way back, its row adds nothing, and nobody else is hurt.
+
+    Whether a merchant answers must not depend on whether such a customer is there.
+    """
+    large = 1e6 if precision == "float32" else 1e50
+    network = Network((1, *[4] * 9, 2))
+    theta = np.zeros(network.size)
+    first, *hidden, last = network.layers(theta)
+    first[:] = [[1, 0], [1, 0], [1, 0], [0, -1]]  # two that will cancel out, one to carry, one dead
+    for layer in hidden:
+        layer[:2] = [[large, -large, 1, large, 0], [-large, large, 1, large, 0]]
+        layer[2, 2], layer[3, 4] = 1, -1
+    last[:, :2] = [[large, -large], [-large, large]]
+    kernel = Kernel(network, precision)
+
+    def summed(*inputs: float) -> np.ndarray:
+        labels = np.zeros(len(inputs), dtype=np.int64)
+        return kernel_sum(kernel, theta, np.array(inputs)[:, None], labels, 1.0)
+
+    assert summed(0.0).any()  # nothing but the last layer's bias, since all units are dead
+    assert not summed(1.0).any()
+    assert np.array_equal(summed(0.0, 1.0, 0.0), summed(0.0, 0.0))
+
+
 def test_float32_error() -> None:
     """Little more than a thousandth for the networks of the benchmarks."""
     assert 0.001 < float32_error((128, 256, 128, 16)) < 0.0013
