@@ -21,6 +21,7 @@ from clients.own_optimizers import OwnOptimizer, scale_of
 from clients.release import noisy_sum
 from clients.secure_party import Masked, SecureParty
 from clients.secure_sum import Prepared
+from clients.step_loops import add_noise, move
 from clients.training import GradientSum, clipped_gradient_sum
 from common.budget import Charge, Occasion
 from common.contract import Contract
@@ -184,8 +185,11 @@ class Worker:
         Nothing of it depends on customers, and nothing leaves.
         """
         noise = NoiseSource.fresh()
-        noise.discrete_gaussian(1, 1000.0)
+        noise.discrete_gaussian(1000, 1000.0)  # of which some need more than a first look
+        noise.discrete_gaussian(1, 2.0**40)
         noise.sampled(1, 1.0)
+        add_noise(np.zeros(1), 1.0, 1.0, np.zeros(1, dtype=np.int64))
+        move(np.zeros((1, 1)), np.zeros((1, 1)), 1.0, 1.0)
         kernel = kernel_of(
             self._network, "float32" if self.contract.training.mode == "local" else "float64"
         )

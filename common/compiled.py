@@ -2,26 +2,101 @@
 
 Rules for such functions: a module of their own (tools that check types at run time wrap Python
 functions, and numba cannot read those), no check of indices (whoever calls them makes sure that
-they hold), and whatever they call, and every constant, in the same file: numba looks for changes
-in that file alone, and constants of another one would stay what they were.
+they hold), and whatever they call, and every constant, in the same file: only that file and this
+one are looked at for changes.
+
+numba's own cache takes old code for new after a save that broke off, and a damaged file ends the
+process. Wrong noise would be worse than slow noise, so here a file is named by everything that
+its code depends on, holds a checksum, and is passed over, whatever is wrong with it.
 """
 
+import hashlib
+import os
+import pickle
+import secrets
+import sys
 from collections.abc import Callable
-from typing import TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import numba
 from numba import njit
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 
 Loop = TypeVar("Loop", bound=Callable[..., object])
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 def compiled(loop: Loop) -> Loop:
     """Compile a function when it is first called, or take what an earlier process compiled.
 
-    The machine code lies beside the source, else in the user's cache folder. Where neither can
-    be written to, each process compiles anew, for a few seconds.
+    The machine code lies in `NUMBA_CACHE_DIR`, beside the source or in the user's cache folder;
+    who may write there may change what is computed. Where nothing can be written or read, each
+    process compiles anew, for a few seconds.
     """
+    machine: Any = njit(loop, nogil=True, error_model="numpy")
     try:
-        machine = njit(loop, cache=True, nogil=True, error_model="numpy")
-    except RuntimeError:  # numba's word for "no folder can be written to"
-        machine = njit(loop, nogil=True, error_model="numpy")
+        machine._cache = _KeptCode(loop)
+    except (OSError, RuntimeError, ValueError):  # numba's words for "there is no folder"
+        return cast("Loop", machine)
     return cast("Loop", machine)
+
+
+class _KeptCode(FunctionCache):
+    """What numba asks for machine code, and gives new code to; never fails."""
+
+    def __init__(self, loop: Callable[..., object]) -> None:
+        super().__init__(loop)
+        folder, source = Path(self._cache_path), Path(loop.__code__.co_filename)
+        files: Any = _Files(folder, self._impl.filename_base, source)
+        self._cache_file = files
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # noqa: BLE001  # whatever it is, compiling helps
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception:  # noqa: BLE001  # the next process compiles again
+            return
+
+
+class _Files:
+    """One file for each piece of machine code, in the place of numba's index and data files."""
+
+    def __init__(self, folder: Path, base: str, source: Path) -> None:
+        self._folder, self._base = folder, base
+        self._source = hashlib.sha256(source.read_bytes()).hexdigest()
+        self._rules = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+    def _path(self, key: object) -> Path:
+        parts = (self._source, self._rules, numba.__version__, sys.version, repr(key))
+        name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        return self._folder / f"{self._base}.{name}.code"
+
+    def load(self, key: object) -> Any:
+        """Return what was saved; None where nothing whole is there."""
+        try:
+            found = self._path(key).read_bytes()
+        except OSError:
+            return None
+        digest, data = found[:_DIGEST], found[_DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            return None
+        return pickle.loads(data)  # noqa: S301  # from a folder that only its user may write to
+
+    def save(self, key: object, data: object) -> None:
+        """Write a file that is whole or not there."""
+        content: bytes = dumps(data)
+        path = self._path(key)
+        new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        try:
+            new.write_bytes(hashlib.sha256(content).digest() + content)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Compiled loops: the same as the plain Python in them, kept between processes where it can be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.step_loops import add_noise, move
+from common.discrete_gaussian import _GUIDE_BITS
 from common.noise_loops import any_twice, choose
 
 ROOT = Path(__file__).parents[2]
@@ -75,24 +77,64 @@ class TestLikePython:
 class TestKept:
     """Machine code on the disk."""
 
-    def run(self, folder: Path, code: str) -> str:
-        """Run a few lines beside a module with a loop."""
-        (folder / "loop.py").write_text(LOOP)
+    CALL = "from loop import double; print(double(21), len(double.stats.cache_hits))"
+
+    def run(self, folder: Path, code: str = CALL, loop: str = LOOP, before: str = "") -> str:
+        """Run a few lines beside a module with a loop; `before` is for the shell."""
+        (folder / "loop.py").write_text(loop)
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            ["bash", "-c", f'{before}\nexec "$@"', "-", sys.executable, "-c", code],
             cwd=folder,
-            env={"PYTHONPATH": f"{ROOT}:{folder}", "HOME": str(folder / "nowhere")},
+            env={"PYTHONPATH": f"{ROOT}:{folder}", "NUMBA_CACHE_DIR": str(folder / "kept")},
             capture_output=True,
             text=True,
             check=True,
         )
         return done.stdout.strip()
 
+    def kept(self, folder: Path) -> list[Path]:
+        """Return the files with machine code."""
+        return sorted(folder.rglob("*.code"))
+
     def test_the_next_process_finds_it(self, tmp_path: Path) -> None:
         """The first one compiles, the second one reads."""
-        code = "from loop import double; print(double(21), len(double.stats.cache_hits))"
-        assert self.run(tmp_path, code) == "42 0"
-        assert self.run(tmp_path, code) == "42 1"
+        assert self.run(tmp_path) == "42 0"
+        assert self.run(tmp_path) == "42 1"
+        assert len(self.kept(tmp_path)) == 1
+
+    def test_old_code_is_not_taken_for_new(self, tmp_path: Path) -> None:
+        """Whatever the file's time says, and although the bytes of Python are the same."""
+        text = LOOP.replace("2 *", "FACTOR *") + "FACTOR = 2\n"
+        assert self.run(tmp_path, loop=text) == "42 0"
+        assert self.run(tmp_path, loop=text.replace("= 2", "= 3")) == "63 0"
+        assert self.run(tmp_path, loop=text) == "42 1"
+
+    def test_a_save_that_breaks_off(self, tmp_path: Path) -> None:
+        """Where the disk is full nothing is kept, and nothing fails."""
+        assert self.run(tmp_path, before="ulimit -f 1; trap '' XFSZ") == "42 0"
+        assert not self.kept(tmp_path)
+        assert self.run(tmp_path) == "42 0"
+        assert self.run(tmp_path) == "42 1"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("damage", ["empty", "short", "one bit", "other", "folder", "closed"])
+    def test_damaged_code_is_compiled_again(self, tmp_path: Path, damage: str) -> None:
+        """Nothing of it runs."""
+        self.run(tmp_path)
+        (path,) = self.kept(tmp_path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        if damage == "folder":
+            path.unlink()
+            path.mkdir()
+        elif damage == "closed":
+            path.chmod(0)
+        else:
+            wrong = {"empty": b"", "short": content[:-9], "one bit": content, "other": b"x" * 99}
+            path.write_bytes(wrong[damage])
+        whole = damage == "closed" and os.geteuid() == 0  # whom nothing is closed to
+        assert self.run(tmp_path) == f"42 {int(whole)}"
+        assert self.run(tmp_path) == f"42 {int(damage != 'folder')}"
 
     def test_where_nothing_can_be_written(self, tmp_path: Path) -> None:
         """It is compiled all the same."""
@@ -104,4 +146,9 @@ class TestKept:
             "from loop import double; print(double(21), double.stats.cache_path)"
         )
         assert self.run(tmp_path, code) == "42 None"
-        assert not [*tmp_path.rglob("*.nbi")]
+        assert not self.kept(tmp_path)
+
+
+def test_constants_that_loops_repeat() -> None:
+    """Loops hold every constant themselves; these are elsewhere too."""
+    assert _GUIDE_BITS == 16
