@@ -74,12 +74,14 @@ class Kernel:
         """Make a table of model inputs and segment ids.
 
         Raises:
+            ValueError: There is not one label for each row, or not one input for each feature.
             IndexError: A segment id is not one of the network's.
         """
+        if x.shape != (len(y), self.network.dims[0]):
+            raise ValueError(f"expected {len(y)} rows of {self.network.dims[0]}, got {x.shape}")
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.network.dims[-1]:
             raise IndexError(f"segment ids must lie from 0 to {self.network.dims[-1] - 1}")
-        inputs = np.ascontiguousarray(x, dtype=self.precision)
-        return Table(inputs, np.ascontiguousarray(y, dtype=np.int64))
+        return Table(np.array(x, dtype=self.precision, order="C"), np.array(y, dtype=np.int64))
 
     def sums(
         self,
@@ -103,9 +105,16 @@ class Kernel:
             One flat sum a row; zero where no customer is chosen.
 
         Raises:
+            ValueError: Arrays have another shape or type than said here.
             IndexError: A chosen row is not in its table.
         """
         sums = np.empty_like(thetas) if out is None else out
+        for given in (thetas, sums):  # loops do not look how long they are
+            if given.shape != (len(tables), self.network.size) or given.dtype != np.float64:
+                raise ValueError(
+                    f"expected float64 numbers, {len(tables)} times {self.network.size}; "
+                    f"got {given.dtype}, {given.shape}"
+                )
         with self._lock:
             for theta, table, rows, own in zip(thetas, tables, chosen, sums, strict=True):
                 gradient_sum(

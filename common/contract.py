@@ -356,7 +356,12 @@ class Privacy(Section):
         le=0.01,
         description="Chance that the bound does not hold; well below 1 / customers.",
     )
-    clip_norm: Positive = Field(2.0, description="L2 bound of one customer's gradient.")
+    clip_norm: Number = Field(
+        2.0,
+        ge=1e-9,  # below 1e-19 a factor that clips to it is no normal float32
+        le=1e9,
+        description="L2 bound of one customer's gradient.",
+    )
     split: Split = Field(default_factory=Split, description="Division over the purposes.")
 
 

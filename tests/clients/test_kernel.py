@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -22,6 +23,7 @@ from common.network import Network
 
 SHAPES = [(5, 3), (5, 4, 3), (5, 1, 2), (16, 32, 16, 5), (26, 9, 4), (3, 4, 6, 3, 17)]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+REFUSED = (ValueError, TypeCheckError)  # the second one where tests check types, too
 OPTIMIZERS = {
     "sgd": Training(mode="local"),
     "momentum": Training(mode="local", local_momentum=0.9, local_learning_rate=0.3),
@@ -307,6 +309,27 @@ class TestTables:
         """A label that the network does not have is refused."""
         with pytest.raises(IndexError, match="from 0 to 2"):
             Kernel(Network((5, 3))).table(np.zeros((1, 5)), np.array([label]))
+
+    def test_other_shapes(self) -> None:
+        """Arrays that are too short are refused: loops would read and write behind them."""
+        kernel, labels = Kernel(Network((5, 3))), np.zeros(4, dtype=np.int64)
+        for x in (np.zeros((3, 5)), np.zeros((4, 4)), np.zeros((4, 1)), np.zeros((4, 6))):
+            with pytest.raises(REFUSED):
+                kernel.table(x, labels)
+        table, good = kernel.table(np.zeros((4, 5)), labels), np.zeros((1, 18))
+        for bad in (np.zeros((1, 17)), np.zeros((2, 18)), np.zeros((1, 18), dtype=np.float32)):
+            with pytest.raises(REFUSED):
+                kernel.sums(bad, [table], [None], 1.0)
+            with pytest.raises(REFUSED):
+                kernel.sums(good, [table], [None], 1.0, out=bad)
+
+    def test_a_table_is_a_copy(self) -> None:
+        """Labels that were checked cannot become others."""
+        x, labels = np.zeros((2, 5)), np.zeros(2, dtype=np.int64)
+        table = Kernel(Network((5, 3))).table(x, labels)
+        labels[:], x[:] = 99, 99.0
+        assert not table.labels.any()
+        assert not table.inputs.any()
 
     @pytest.mark.parametrize("row", [-1, 5, 2**40])
     def test_no_such_row(self, row: int) -> None:
