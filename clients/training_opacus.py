@@ -9,8 +9,20 @@ import torch
 from jaxtyping import Float, Int
 from opacus import GradSampleModule
 
-from common.models import torch_module
+from common.models import torch_module, validate_for_privacy
 from common.network import Network
+
+
+def prepare(network: Network) -> None:
+    """Let Opacus check the network, and torch use one thread.
+
+    Small batches are slower, and not repeatable, with more threads.
+
+    Raises:
+        ContractError: Opacus cannot train it privately.
+    """
+    validate_for_privacy(network)
+    torch.set_num_threads(1)
 
 
 def clipped_gradient_sum_opacus(

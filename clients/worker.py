@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from clients.kernel import Kernel, Precision, Table, kernel_of
@@ -44,7 +43,6 @@ from common.fixed_point import (
     to_lattice,
 )
 from common.ledger import Ledger, whole_run
-from common.models import validate_for_privacy
 from common.network import MAX_PARAMETER, network_of, parameters_sha256
 from common.noise import NoiseSource
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE, Release, lattice_of, plan_of
@@ -176,8 +174,9 @@ class Worker:
         if contract.aggregation.secure and secure is None:
             raise PolicyError("the contract's sums are secure: this merchant needs its identity")
         if contract.training.engine == "opacus":  # our kernel knows no other layers than ours
-            validate_for_privacy(self._network)
-        torch.set_num_threads(1)  # small batches are slower, and not repeatable, with more
+            from clients.training_opacus import prepare
+
+            prepare(self._network)
 
     def get_going(self) -> None:
         """Let everything be compiled that the first answers would wait for; seconds, once.

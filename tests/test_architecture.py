@@ -38,7 +38,6 @@ LIBRARIES = {
     "llvmlite": {"clients/kernel_loops.py"},
     "torch": {
         "clients/training_opacus.py",
-        "clients/worker.py",
         "common/models.py",
         "server/onnx_model.py",
     },
