@@ -1,7 +1,7 @@
 """Many merchants of one process answer together: charged one by one, computed at once.
 
 For simulations. Every merchant charges its own ledger, draws from its own streams, and gives the
-very answer that it would give alone; only the gradients of all of them are one computation.
+very answer that it would give alone; only the gradients of all of them are one call.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,8 +4,8 @@ Post-processing: what comes in holds its noise already, so that no choice here c
 SGD, momentum and Adam as PyTorch has them; Adam with the decays of the coordinator's.
 
 Number by number, so that the K-th merchant of many gets the very bits that it gets alone. State
-begins anew in every round: a merchant keeps nothing
-between rounds, and one that was away, or answers a second attempt, takes the same steps.
+begins anew in every round: a merchant keeps nothing between rounds, and one that was away, or
+answers a second attempt, takes the same steps.
 """
 
 import numpy as np

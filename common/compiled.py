@@ -16,6 +16,7 @@ import pickle
 import secrets
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -37,10 +38,9 @@ def compiled(loop: Loop) -> Loop:
     process compiles anew, for a few seconds.
     """
     machine: Any = njit(loop, nogil=True, error_model="numpy")
-    try:
+    # numba's words for "there is no folder"
+    with suppress(OSError, RuntimeError, ValueError):
         machine._cache = _KeptCode(loop)
-    except (OSError, RuntimeError, ValueError):  # numba's words for "there is no folder"
-        return cast("Loop", machine)
     return cast("Loop", machine)
 
 

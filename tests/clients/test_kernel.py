@@ -117,6 +117,22 @@ class Hooks:
         return flat([parameter.detach() for parameter in self.module.parameters()])
 
 
+def adam_steps(
+    network: Network, theta: np.ndarray, x: np.ndarray, y: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return least and most that Adam's first step makes of gradients right to a tolerance.
+
+    The step is -rate g / (|g| + 1e-8), which falls with g.
+    """
+    exact = Hooks(network, theta, 0.5, 1.0, Training(mode="local", local_learning_rate=1.0))
+    exact.step(x, y)
+    gradient, rate = theta - exact.theta, OPTIMIZERS["adam"].local_learning_rate
+    error = tolerance * np.abs(gradient).max()
+    ends = gradient + error, gradient - error
+    least, most = (theta - rate * end / (np.abs(end) + 1e-8) for end in ends)
+    return least, most
+
+
 class TestAgainstOpacus:
     """The kernel and Opacus' own hooks and optimizer."""
 
@@ -182,7 +198,9 @@ class TestAgainstOpacus:
     ) -> None:
         """Of every shape and optimizer, nobody and one customer included.
 
-        Relative to the largest change; Adam's, as above, to the largest parameter.
+        Relative to the largest change. Adam takes a gradient's sign, nearly: in float32, what it
+        makes of gradients that are right to 1e-5 is allowed, too (with Opacus' own
+        float32, in 24 of 60 such problems a number near 0 is off by more than 1e-5 of the change).
         """
         network = Network(dims)
         theta, x, y = problem(network, rows)
@@ -191,10 +209,12 @@ class TestAgainstOpacus:
         kernel = Kernel(network, precision)
         optimizer = OwnOptimizer(training, theta[None])
         optimizer.step(kernel.sums(optimizer.theta, [kernel.table(x, y)], [None], 0.5))
-        reference = 0.0 if training is OPTIMIZERS["adam"] else theta
-        scale = max(np.abs(hooks.theta - reference).max(), 1e-9)
-        found = optimizer.theta[0]
-        np.testing.assert_allclose(found, hooks.theta, rtol=0, atol=TOLERANCE[precision] * scale)
+        allowed = TOLERANCE[precision] * max(np.abs(hooks.theta - theta).max(), 1e-9)
+        least = most = hooks.theta
+        if training is OPTIMIZERS["adam"] and precision == "float32":
+            least, most = adam_steps(network, theta, x, y, TOLERANCE[precision])
+        assert (optimizer.theta[0] >= least - allowed).all()
+        assert (optimizer.theta[0] <= most + allowed).all()
 
 
 class TestRowsAreAlone:
