@@ -95,7 +95,7 @@ def _dp_accounting(parts: _Parts, delta: float) -> float:
 
 
 def _opacus(parts: _Parts, delta: float, about: float) -> float:
-    from opacus.accountants import PRVAccountant
+    from common.opacus_import import opacus_accountants
 
     usable = _usable(parts, delta)
     if not parts:
@@ -107,7 +107,7 @@ def _opacus(parts: _Parts, delta: float, about: float) -> float:
     error = max(min(OPACUS_ERROR, about / 200), points * max(4, len(parts)) / (4 * _POINTS))
     if not error <= min(max(OPACUS_ERROR, about / 100), 1.0):
         raise AccountingError(f"{steps} steps need a grid of millions of points")
-    accountant = PRVAccountant()
+    accountant = opacus_accountants().PRVAccountant()
     accountant.history = [(sigma, rate, count) for (sigma, rate), count in parts.items()]
     return float(accountant.get_epsilon(usable, eps_error=error, delta_error=usable / 1000))
 

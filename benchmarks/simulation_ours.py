@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from benchmarks.peers.workload import Meter, Workload
 from clients.kernel import Kernel, Table
@@ -122,7 +121,7 @@ def core(work: Workload, contract: Contract, meter: Meter, *, alike: bool) -> np
 def main() -> None:
     """Run what is asked for; print one JSON line."""
     meter, (what, folder) = Meter(), sys.argv[1:]
-    torch.set_num_threads(1)
+
     work = Workload(folder)
     contract = contract_of(work, float((work.folder / "epsilon").read_text()))
     if what == "engine":

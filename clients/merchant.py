@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from common.contract import MAX_COHORT, Section, describe
 from common.errors import PolicyError
@@ -56,6 +54,9 @@ class Data(Section):
         if (self.url is None) != (self.query is None):
             raise ValueError("`url` and `query` belong together")
         if self.url is not None:
+            from sqlalchemy.engine import make_url
+            from sqlalchemy.exc import ArgumentError
+
             try:
                 make_url(self.url.get_secret_value())
             except ArgumentError:
@@ -227,6 +228,8 @@ def read_merchant(path: Path) -> Merchant:
 
 def _located_url(text: str, folder: Path) -> str:
     """Resolve the file of a SQLite URL; leave every other URL alone."""
+    from sqlalchemy.engine import make_url
+
     url = make_url(text)
     name = url.database or ":memory:"
     if url.get_backend_name() != "sqlite" or name == ":memory:" or name.startswith("file:"):

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clients.csv_file import csv_batches, read_csv
-from clients.database import query_batches, read_query
 from clients.merchant import Data
 from clients.rows import BATCH_ROWS, Source, Wanted, choose, numbered_batches, refuse_empty
 from common.errors import DataError
@@ -23,6 +22,8 @@ def read_source(data: Data, wanted: Wanted) -> Source:
         DataError: The source is missing, unreadable, empty, or lacks a column.
     """
     if data.path is None:
+        from clients.database import read_query
+
         return read_query(data, wanted)
     with _readable(data.path) as path:
         if path.suffix.lower() == ".csv":
@@ -41,6 +42,8 @@ def source_batches(data: Data, wanted: Wanted) -> Generator[Source, None, None]:
         DataError: As `read_source`; about a row when its batch is read.
     """
     if data.path is None:
+        from clients.database import query_batches
+
         yield from query_batches(data, wanted)
         return
     with _readable(data.path) as path:

@@ -229,10 +229,10 @@ def prv_epsilon(mu: float, sampled: Sequence[tuple[float, float, int]], delta: f
         AccountingError: Its grid would be too large, or rounding would decide.
         Exception: Whatever Opacus raises; it names no errors of its own.
     """
-    from opacus.accountants import PRVAccountant
+    from common.opacus_import import opacus_accountants
 
     usable = _without_rounding(mu, sampled, delta)
-    accountant = PRVAccountant()
+    accountant = opacus_accountants().PRVAccountant()
     accountant.history = [*sampled, *([(1 / mu, 1.0, 1)] if mu else [])]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # opacus warns of its own numpy usage

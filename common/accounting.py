@@ -311,13 +311,12 @@ def _searched(
     target: float, delta: float, sampling_rate: float, steps: int, others: tuple[Event, ...]
 ) -> float:
     """Return the noise multiplier that Opacus' search finds, asking one quick accountant."""
-    from opacus.accountants.utils import get_noise_multiplier
-
     from common.opacus_accountant import QUICK
+    from common.opacus_import import opacus_accountants
 
     try:
         return float(
-            get_noise_multiplier(
+            opacus_accountants().utils.get_noise_multiplier(
                 target_epsilon=target,
                 target_delta=delta,
                 sample_rate=sampling_rate,

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 import numba
 from numba import njit
 from numba.core.caching import FunctionCache
+from numba.core.runtime.nrt import rtsys
 from numba.core.serialize import dumps
 
 Loop = TypeVar("Loop", bound=Callable[..., object])
@@ -55,7 +56,9 @@ class _KeptCode(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            # numba would get ready to compile first: half a second, for what may not be needed
+            rtsys.initialize(target_context)
+            return self._load_overload(sig, target_context)
         except Exception:  # noqa: BLE001  # whatever it is, compiling helps
             return None
 

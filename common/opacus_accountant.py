@@ -1,19 +1,20 @@
 """Our accounting as an accountant of Opacus, so that Opacus' own tools can use it."""
 
-from opacus.accountants import IAccountant
-from opacus.accountants.registry import register_accountant
-
 from common.accounting import epsilon, quick_epsilon
 from common.events import Event, PoissonGaussianSum
+from common.opacus_import import opacus_accountants
 
 MECHANISM, QUICK = "hansa", "hansa-quick"
 
 
-class HansaAccountant(IAccountant):  # type: ignore[misc]  # Opacus is not typed
-    """Keep a history of Poisson-sampled steps and compose it with `common.accounting`."""
+class HansaAccountant:
+    """Keep a history of Poisson-sampled steps and compose it with `common.accounting`.
 
-    def __init__(self) -> None:  # abstract in Opacus
-        super().__init__()
+    Has what Opacus' `IAccountant` asks for, but for the hook of an optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[float, float, int]] = []  # (noise multiplier, rate, count)
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
         """Record one step."""
@@ -51,5 +52,5 @@ class QuickAccountant(HansaAccountant):
         return QUICK
 
 
-register_accountant(MECHANISM, HansaAccountant, force=True)
-register_accountant(QUICK, QuickAccountant, force=True)
+for _name, _accountant in ((MECHANISM, HansaAccountant), (QUICK, QuickAccountant)):
+    opacus_accountants().register_accountant(_name, _accountant, force=True)

@@ -41,14 +41,7 @@ LIBRARIES = {
         "common/models.py",
         "server/onnx_model.py",
     },
-    "opacus": {
-        "audit/epsilon.py",
-        "clients/training_opacus.py",
-        "common/accountants.py",
-        "common/accounting.py",
-        "common/models.py",
-        "common/opacus_accountant.py",
-    },
+    "opacus": {"clients/training_opacus.py", "common/models.py"},
     "dp_accounting": {"audit/epsilon.py", "common/accountants.py"},
     "alembic": {
         "server/migrations/__init__.py",

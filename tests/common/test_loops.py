@@ -102,6 +102,15 @@ class TestKept:
         assert self.run(tmp_path) == "42 1"
         assert len(self.kept(tmp_path)) == 1
 
+    def test_compiling_after_reading(self, tmp_path: Path) -> None:
+        """What was read needs nothing that compiling needs; compiling still finds it."""
+        assert self.run(tmp_path) == "42 0"
+        code = (
+            "from loop import double; print(double(21), double(2.5), len(double.stats.cache_hits))"
+        )
+        assert self.run(tmp_path, code) == "42 5.0 1"
+        assert self.run(tmp_path, code) == "42 5.0 2"
+
     def test_old_code_is_not_taken_for_new(self, tmp_path: Path) -> None:
         """Whatever the file's time says, and although the bytes of Python are the same."""
         text = LOOP.replace("2 *", "FACTOR *") + "FACTOR = 2\n"
