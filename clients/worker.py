@@ -8,7 +8,7 @@ this merchant pinned, the cap from its own policy.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class Charged:
 
     Attributes:
         request: Which sum.
+        parameters: SHA-256 of the request's model.
         release: The planned release.
         prepared: For the mask, where sums are secure.
         head: The ledger's, with the charge.
@@ -80,6 +81,7 @@ class Charged:
     """
 
     request: SumRequest
+    parameters: str
     release: Release
     prepared: Prepared | None
     head: bytes
@@ -152,7 +154,7 @@ class Worker:
         self._members_version = members_version
         self._tables: dict[Precision, Table] = {}  # the customers that are trained on
         # the last in a plain sum: what it was for, the request's fingerprint, the answer
-        self._plain: tuple[Occasion, str, SumAnswer] | None = None
+        self._plain: tuple[Occasion, SumRequest, str, SumAnswer] | None = None  # answered last
         self._plan = plan_of(contract)
         self._charges = self._plan.charges(contract.exposed_contributors)
         self._network = network_of(contract)
@@ -303,6 +305,7 @@ class Worker:
         secure = self.contract.aggregation.secure
         try:
             release = self._checked(request)
+            parameters = parameters_sha256(request.parameters)
             prepared = self._party.prepare(request) if secure else None
             head = self.ledger.release(
                 _occasion(request),
@@ -311,7 +314,7 @@ class Worker:
                     release.event,
                     release.towards_server(self.contract.exposed_contributors),
                 ),
-                parameters_sha256(request.parameters),
+                parameters,
                 "" if prepared is None else prepared.name,
                 request.countersigned,
             ).to_bytes()
@@ -320,7 +323,7 @@ class Worker:
         except (WireError, LedgerError) as refusal:
             return self._refusal(refusal)
         noise = self._noise_for(request.stage, request.round, request.attempt)
-        return Charged(request, release, prepared, head, noise)
+        return Charged(request, parameters, release, prepared, head, noise)
 
     def computed(self, charged: "Charged") -> Int[np.ndarray, " P"]:
         """Return the noisy vector of what was charged for, in lattice steps."""
@@ -357,7 +360,7 @@ class Worker:
         request, prepared = charged.request, charged.prepared
         if prepared is None:
             answer = SumAnswer(self.merchant, "", False, b"", charged.head, vector)
-            self._plain = _occasion(request), fingerprint(request), answer
+            self._plain = _occasion(request), _bare(request), charged.parameters, answer
             return answer
         return self._sent(self._party.mask(request, prepared, vector, charged.head))
 
@@ -372,7 +375,10 @@ class Worker:
             masked = self._party.masked(request)
             return None if masked is None else self._sent(masked)
         if self._plain is not None and self._plain[0] == _occasion(request):
-            return self._plain[2] if self._plain[1] == fingerprint(request) else None
+            _, known, parameters, answer = self._plain
+            alike = fingerprint(known) == fingerprint(_bare(request))
+            same = alike and parameters == parameters_sha256(request.parameters)
+            return answer if same else None
         return None
 
     def _sent(self, masked: Masked) -> SumAnswer:
@@ -464,6 +470,11 @@ class Worker:
             optimizer.step(from_lattice(self._noisy(release, exact, noise), scale)[None])
         changed: Float[np.ndarray, " P"] = optimizer.theta[0] - start
         return changed
+
+
+def _bare(request: SumRequest) -> SumRequest:
+    """Return a request without its model."""
+    return replace(request, parameters=np.zeros(0))
 
 
 def _occasion(request: SumRequest) -> Occasion:

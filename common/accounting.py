@@ -191,12 +191,26 @@ def covers(reserved: Iterable[Event], taken: Iterable[Event]) -> bool:
     >>> covers([GaussianSum(4.0, 1.0, 10)], [GaussianSum(2.0, 1.0), GaussianSum(4.0, 9.0, 6)])
     True
     """
-    may, may_sampled = _parts(reserved)
-    does, does_sampled = _parts(taken)
-    left = {(sigma, rate): count for sigma, rate, count in may_sampled}
-    return does <= may * (1 + _SLACK) < math.inf and all(
-        count <= left.get((sigma, rate), 0) for sigma, rate, count in does_sampled
-    )
+    return Cover(reserved).pays(taken)
+
+
+class Cover:
+    """What charging for some events pays for: `covers`, for many questions about the same.
+
+    Raises:
+        AccountingError: An event is out of range.
+    """
+
+    def __init__(self, reserved: Iterable[Event]) -> None:
+        self._mu_squared, sampled = _parts(reserved)
+        self._counts = {(sigma, rate): count for sigma, rate, count in sampled}
+
+    def pays(self, taken: Iterable[Event]) -> bool:
+        """Return `covers(reserved, taken)`."""
+        mu_squared, sampled = _parts(taken)
+        return mu_squared <= self._mu_squared * (1 + _SLACK) < math.inf and all(
+            count <= self._counts.get((sigma, rate), 0) for sigma, rate, count in sampled
+        )
 
 
 def gaussian_mu(events: Iterable[Event]) -> float:

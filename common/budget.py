@@ -8,9 +8,10 @@ may have left. What was reserved and is not settled stays charged, whatever cras
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from common.accounting import covers, within
+from common.accounting import Cover, covers, within
 from common.errors import AccountingError
 from common.events import Event, from_document, merged, to_document
 from common.statements import epsilon_text
@@ -98,6 +99,14 @@ class RunAccount:
     expired: bool = False  # older than the refresh period: counts in the lifetime only
     # what `released` adds up to, alike events merged: towards who sees sums, towards the server
     total: tuple[tuple[Event, ...], tuple[Event, ...]] = ((), ())
+
+    @cached_property
+    def cover(self) -> tuple[Cover, Cover]:
+        """What `reserved` pays for: towards who sees sums, towards the server."""
+        return (
+            Cover([charge.event for charge in self.reserved]),
+            Cover([charge.towards_server for charge in self.reserved]),
+        )
 
     def take(self, kind: str, entry: Mapping[str, Any]) -> set[str]:
         """Take an entry of the run into account; return the step that it took, if any."""
@@ -247,12 +256,11 @@ class Account:
         if account.settled or account.expired:
             return "comes too late: this run is closed in the merchant's ledger"
         sums, towards_server = account.total
-        events = [c.event for c in account.reserved], [*sums, charge.event]
-        towards = (
-            [c.towards_server for c in account.reserved],
-            [*towards_server, charge.towards_server],
-        )
-        if not (covers(*events) and covers(*towards)):
+        towards_all, towards_it = account.cover
+        if not (
+            towards_all.pays([*sums, charge.event])
+            and towards_it.pays([*towards_server, charge.towards_server])
+        ):
             return "would pass what this run reserved"
         if occasion.stage in dict(self.budget.purposes):
             taken = [*account.released.values(), charge]

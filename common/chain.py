@@ -20,6 +20,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -66,10 +67,15 @@ def rekey_proof(old: bytes, new: bytes, seq: int, link: bytes) -> bytes:
 def is_signed(public: bytes, message: bytes, signature: bytes) -> bool:
     """Tell whether an Ed25519 signature fits."""
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+        _key(public).verify(signature, message)
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@lru_cache(maxsize=4096)
+def _key(public: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(public)
 
 
 @dataclass(frozen=True)

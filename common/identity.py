@@ -10,6 +10,7 @@ import re
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ class Identity:
         """Return the identity with the given 32 bytes of a private key."""
         return cls(merchant, Ed25519PrivateKey.from_private_bytes(private))
 
-    @property
+    @cached_property
     def public(self) -> bytes:
-        """Return the 32 bytes that are enrolled."""
+        """The 32 bytes that are enrolled."""
         return self.key.public_key().public_bytes_raw()
 
     def sign(self, message: bytes) -> bytes:

@@ -141,6 +141,7 @@ class Ledger:
         self._now = now
         self._lock = threading.RLock()  # one thread at a time; SQLite's lock is for processes
         self._connection: sqlite3.Connection | None = None
+        self._synchronous = ""  # what the connection was told last
         self._file: tuple[int, int] | None = None
         self._opened: tuple[Countersignature, Seen] | None = None  # by the witness's key of today
         self._forget()
@@ -216,7 +217,7 @@ class Ledger:
         if seen is None:
             seen = found.opened_by([self._witness], self._keys)
             self._opened = found, seen
-        self._check_held(connection, seen)
+        self._check_held(seen)
         row = connection.execute(
             "SELECT number, seq, at FROM countersignature ORDER BY number DESC LIMIT 1"
         ).fetchone()
@@ -251,9 +252,9 @@ class Ledger:
             )
         return seen
 
-    def _check_held(self, connection: sqlite3.Connection, seen: Seen) -> None:
-        row = connection.execute("SELECT link FROM entry WHERE seq = ?", (seen.seq,)).fetchone()
-        if row is None or row[0] != seen.link:
+    def _check_held(self, seen: Seen) -> None:
+        held = self._stored[seen.seq - 1 : seen.seq]
+        if [entry.link for entry in held] != [seen.link]:
             raise WitnessRefusal(
                 f"the witness saw an entry {seen.seq} that this merchant's ledger does not hold; "
                 "the ledger was put back from a copy, or is one of two"
@@ -577,18 +578,17 @@ class Ledger:
 
     def _read_new(self, connection: sqlite3.Connection) -> None:
         """Take in what any process wrote since the last look, if it continues the chain."""
-        held = connection.execute(
-            "SELECT link FROM entry WHERE seq = ?", (self._seq,)
-        ).fetchone() or (NO_LINK,)
-        if held[0] != self._link:
-            raise LedgerError(
-                f"{self.path}: was replaced while it was in use, or entries are missing; end all "
-                "processes that use it and find out what happened"
-            )
         rows = connection.execute(
-            "SELECT seq, body, link, signature FROM entry WHERE seq > ? ORDER BY seq",
+            "SELECT seq, body, link, signature FROM entry WHERE seq >= ? ORDER BY seq",
             (self._seq,),
         ).fetchall()
+        if self._seq:
+            held, rows = rows[:1], rows[1:]
+            if [(seq, link) for seq, _, link, _ in held] != [(self._seq, self._link)]:
+                raise LedgerError(
+                    f"{self.path}: was replaced while it was in use, or entries are missing; end "
+                    "all processes that use it and find out what happened"
+                )
         if not rows:
             return
         for entry in checked_entries(
@@ -601,7 +601,7 @@ class Ledger:
         """Raise if the witness saw more than the file holds."""
         seen = self._kept(connection) if self._witness else None
         if seen is not None:
-            self._check_held(connection, seen)
+            self._check_held(seen)
 
     def _head(self, since: int | None) -> Head:
         """Return the last entry, and how it extends the entry that the receiver knows."""
@@ -637,7 +637,7 @@ class Ledger:
         if self._file != there:
             self.close()
         if self._connection is None:
-            self._connection = self._connect()
+            self._connection, self._synchronous = self._connect(), ""
             self._file = there
         return self._connection
 
@@ -652,7 +652,9 @@ class Ledger:
         try:
             connection = self._reconnect_if_replaced()
             kept = synchronous if self._durable else "OFF"
-            connection.execute(f"PRAGMA synchronous = {kept}")
+            if self._synchronous != kept:
+                connection.execute(f"PRAGMA synchronous = {kept}")
+                self._synchronous = kept
             connection.execute("BEGIN IMMEDIATE")
         except (OSError, *_BROKEN) as error:
             raise LedgerError(f"{self.path}: the ledger cannot be used ({error})") from None

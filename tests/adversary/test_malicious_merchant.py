@@ -29,6 +29,7 @@ from server.outcome import Outcome
 from simulations.datasets import Dataset, load
 from simulations.federation import Federation, assemble
 from simulations.grid import InProcessGrid
+from tests.wire_fields import closed, opened
 from tests.witnessed import charges_of, entries_of
 
 NAMES = [f"merchant-{number:04d}" for number in range(4)]
@@ -98,8 +99,7 @@ def with_bytes(data: Any, dtype: Any = "uint32") -> Content:
     """Answer with a vector whose bytes are not what their description says."""
 
     def lie(content: RecordDict) -> RecordDict:
-        config = {**content["hansa"], "vector": data, "vector_dtype": dtype}
-        return RecordDict({"hansa": ConfigRecord(config)})
+        return closed({**opened(content), "vector": data, "vector_dtype": dtype})
 
     return lie
 
@@ -126,12 +126,8 @@ LIES: dict[str, Content] = {
     "no record": lambda _content: RecordDict(),
     "another record": lambda _content: RecordDict({"x": ConfigRecord({"y": 1})}),
     "another message": lambda _content: pack(Attested(NAMES[LIAR], "", False, 0)),
-    "another protocol": lambda content: RecordDict(
-        {"hansa": ConfigRecord({**content["hansa"], "protocol": 99})}
-    ),
-    "a name of numbers": lambda content: RecordDict(
-        {**content, "hansa": ConfigRecord({**content["hansa"], "merchant": 3})}
-    ),
+    "another protocol": lambda content: closed({**opened(content), "protocol": 99}),
+    "a name of numbers": lambda content: closed({**opened(content), "merchant": 3}),
     "garbage": with_bytes(b"\x00\xff" * 100),
     "no bytes": with_bytes(b""),
     "half a number": with_bytes(bytes(4 * 56 - 1)),

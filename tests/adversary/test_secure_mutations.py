@@ -68,6 +68,7 @@ from tests.adversary.secure_world import (
     planted,
     shops,
 )
+from tests.wire_fields import closed, opened
 from tests.witnessed import still_head, witness
 
 EACH = 200  # spoiled messages a field
@@ -228,14 +229,11 @@ def spoiled_records(
     """Yield records without end in which one field differs from the honest message's."""
     huge = 0
     while True:
-        record = pack(message)
+        config = opened(pack(message))
         if field in ("vector", "parameters"):
-            config = dict(record["hansa"])
             spoil_vector(generator, config)
-            record["hansa"] = ConfigRecord(config)
-            yield record
+            yield closed(config)
             continue
-        config = dict(record["hansa"])
         value = config[field]
         kind = generator.randrange(12)
         if kind == 0:
@@ -251,8 +249,7 @@ def spoiled_records(
             config[field] = SPOIL[type(value)](generator, value, pool)
         if config.get(field) == value and type(config.get(field)) is type(value):
             continue
-        record["hansa"] = ConfigRecord(config)
-        yield record
+        yield closed(config)
 
 
 def different(records: Iterator[RecordDict], honest: RecordDict) -> Iterator[RecordDict]:
@@ -267,7 +264,7 @@ def different(records: Iterator[RecordDict], honest: RecordDict) -> Iterator[Rec
 
 def fingerprint(record: RecordDict) -> str:
     """Return what tells two records apart."""
-    return repr(dict(record["hansa"]))
+    return repr(opened(record))
 
 
 def fields_of(message: Any) -> list[str]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any, get_args
 
+import msgpack
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
@@ -33,6 +34,7 @@ from common.wire import (
     pack,
     unpack,
 )
+from tests.wire_fields import closed, opened
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 wholes = st.integers(0, 2**31 - 1)
@@ -102,11 +104,9 @@ def carried(content: RecordDict) -> RecordDict:
 
 
 def changed(message: Any, **fields: Any) -> RecordDict:
-    """Pack a message and change fields of its configuration; None takes one away."""
-    content = pack(message)
-    config = {**dict(content["hansa"]), **fields}  # type: ignore[call-overload]
-    content["hansa"] = ConfigRecord({k: v for k, v in config.items() if v is not None})
-    return carried(content)
+    """Pack a message and change fields of it; None takes one away."""
+    found = {**opened(pack(message)), **fields}
+    return carried(closed({name: value for name, value in found.items() if value is not None}))
 
 
 def with_vector(raw: Any, dtype: Any = "uint32") -> RecordDict:
@@ -180,6 +180,17 @@ class TestEveryMessage:
         with pytest.raises(WireError, match="is the sender Hansa"):
             unpack(type(message), RecordDict({"hansa": MetricRecord()}))
 
+    @pytest.mark.parametrize(
+        "fields",
+        [None, "text", 3, [b"x"], b"", b"\xc1", b"\x80\x80", b"\x91" * 9999, msgpack.packb([1])],
+        ids=lambda fields: repr(fields)[:12],
+    )
+    def test_fields_that_are_none(self, message: Any, fields: Any) -> None:
+        """What is not MessagePack, not whole, or no map, holds no fields."""
+        config = {"protocol": PROTOCOL, **({} if fields is None else {"fields": fields})}
+        with pytest.raises(WireError, match="field 'fields'"):
+            unpack(type(message), carried(RecordDict({"hansa": ConfigRecord(config)})))
+
 
 class TestNumbers:
     """Ranges of numbers."""
@@ -251,7 +262,7 @@ class TestVectors:
         """Numbers travel with the lowest byte first, whatever the sender's machine."""
         other = replace(ANSWER, vector=np.array([1, 2**24], dtype=">u4"))
         content = carried(pack(other))
-        assert content["hansa"]["vector"] == b"\1\0\0\0\0\0\0\1"
+        assert opened(content)["vector"] == b"\1\0\0\0\0\0\0\1"
         assert unpack(SumAnswer, content).vector.tolist() == [1, 2**24]
 
     @pytest.mark.parametrize("dtype", ["float32", "uint32", "int64"])
