@@ -40,13 +40,13 @@ def encode_values(values: pd.DataFrame, contract: Contract) -> Float[np.ndarray,
         contract: Order, bounds and kinds of the features.
     """
     encoded = np.empty((len(values), contract.inputs), dtype=np.float64)
-    start = 0
+    start, columns = 0, dict(values.items())
     for feature in contract.features:
         block = encoded[:, start : start + feature.width]
         if feature.kind == "category":
-            _fill_category(block, feature, values[feature.name])
+            _fill_category(block, feature, columns[feature.name])
         else:
-            _fill_value(block, feature, values[feature.name])
+            _fill_value(block, feature, columns[feature.name])
         start += feature.width
     return encoded
 

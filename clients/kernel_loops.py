@@ -240,7 +240,9 @@ def _fill(layer: Any, inputs: Any, chosen: Any, values: Any) -> None:
     features = layer.inputs
     for row in range(len(chosen)):
         to = layer.given + row * layer.given_width
-        values[to : to + features] = inputs[chosen[row]]
+        own, copy = inputs[chosen[row]], values[to : to + features]
+        for place in range(features):
+            copy[place] = own[place]
         values[to + features] = 1.0
 
 

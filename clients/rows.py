@@ -84,7 +84,8 @@ def frame_source(frame: pd.DataFrame, name: str, wanted: Wanted) -> Source:
     header = [str(column) for column in frame.columns]
     chosen = choose(header, wanted, name)
     refuse_empty(len(frame), name)
-    columns = {column: arrow_column(frame.iloc[:, header.index(column)]) for column in chosen}
+    cells = dict(zip(header, (series for _, series in frame.items()), strict=True))
+    columns = {column: arrow_column(cells[column]) for column in chosen}
     return Source(name, columns, len(frame))
 
 

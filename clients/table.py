@@ -230,8 +230,8 @@ def _refuse_duplicates(source: Source, column: str, ids: Shaped[np.ndarray, "R"]
 
 def _values(
     source: Source, feature: Feature, column: str
-) -> "pd.Series[float] | pd.Categorical[str]":
-    values: pd.Series[float] | pd.Categorical[str]
+) -> "Float[np.ndarray, ' R'] | pd.Categorical[str]":
+    values: Float[np.ndarray, " R"] | pd.Categorical[str]
     if feature.kind == "category":
         problem = "the category is not in the contract; correct it, or agree on a new contract"
         codes = cells.categories(source, column, feature.categories, problem)
@@ -239,8 +239,8 @@ def _values(
         missing = codes == cells.MISSING
     else:
         read = cells.numbers if feature.kind == "number" else cells.flags
-        values = pd.Series(read(source, column))
-        missing = values.isna().to_numpy()
+        values = read(source, column)
+        missing = np.isnan(values)
     if feature.missing == "refuse" and missing.any():
         source.refuse(
             int(missing.argmax()),
@@ -259,11 +259,12 @@ def _segments(
 
 
 def _out_of_bounds(values: pd.DataFrame, contract: Contract) -> dict[str, int]:
-    counts = {}
+    counts, columns = {}, dict(values.items())
     for feature in contract.features:
         if feature.kind == "number":
-            column = values[feature.name].to_numpy()
-            counts[feature.name] = int(((column < feature.low) | (column > feature.high)).sum())
+            numbers = columns[feature.name].to_numpy()
+            outside = (numbers < feature.low) | (numbers > feature.high)
+            counts[feature.name] = int(np.count_nonzero(outside))
     return counts
 
 
