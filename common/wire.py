@@ -19,6 +19,7 @@ PROTOCOL = 5
 _MAX_TEXT = 1000
 _MAX_BYTES = 2**20  # of one field; the largest, an escrow, has 136 bytes a merchant
 _MAX_PARTS = 1000  # of a list
+_MOST_DECODED = {"max_map_len": 100, "max_array_len": 10 * _MAX_PARTS}  # a few bytes make a lot
 _CONFIG, _FIELDS, _VECTOR, _DTYPE = "hansa", "fields", "vector", "vector_dtype"
 
 Parameters = np.ndarray[Any, np.dtype[np.float64]]  # of a model
@@ -236,7 +237,7 @@ def _decoded(encoded: object) -> dict[str, Any]:
     fields: object = None
     if isinstance(encoded, bytes):
         try:
-            fields = msgpack.unpackb(encoded)
+            fields = msgpack.unpackb(encoded, **_MOST_DECODED)
         except ValueError:  # all that it raises for bytes that are not MessagePack's
             fields = None
     if not isinstance(fields, dict):

@@ -474,7 +474,7 @@ def throw_at_merchant(merchant: Merchant, moment: Moment, number: int) -> tuple[
                 assert ERROR.match(reply.error.reason), reply.error.reason
                 assert merchant.remembers() == before
                 continue
-            refusal = reply.content["hansa"].get("refusal", "")
+            refusal = opened(reply.content).get("refusal", "")
             if refusal:
                 assert str(refusal).startswith("field '"), refusal
                 assert merchant.remembers() == before
@@ -528,7 +528,7 @@ def throw_after(merchant: Merchant, moment: Moment, number: int) -> tuple[int, i
         for record in islice(different(records, pack(moment.message)), EACH // 4):
             reply = merchant.send(kind, record)
             thrown += 1
-            refused = reply.has_error() or str(reply.content["hansa"].get("refusal", ""))
+            refused = reply.has_error() or str(opened(reply.content).get("refusal", ""))
             if not refused and kind is Advertise and field != "countersigned":
                 merchant.at(after)  # a new session; this one is forgotten
                 continue

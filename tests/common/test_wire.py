@@ -228,6 +228,10 @@ def test_endless_bytes() -> None:
         unpack(Share, changed(SHARE, roster=[b"", bytes(2**20 + 1)]))
     with pytest.raises(WireError, match="field 'roster': expected a list of at most 1000"):
         unpack(Share, changed(SHARE, roster=[b""] * 1001))
+    with pytest.raises(WireError, match="field 'fields'"):
+        unpack(Share, changed(SHARE, roster=[b""] * 10_001))
+    with pytest.raises(WireError, match="field 'fields'"):
+        unpack(Share, changed(SHARE, **{f"f{n}": True for n in range(100)}))
 
 
 @pytest.mark.parametrize("value", [["one", "two"], [1, 2], [1.0], b"one"], ids=str)
