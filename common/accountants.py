@@ -132,7 +132,8 @@ class GrowingLoss:
     def __init__(self, mu: float, sampled: Sequence[tuple[float, float, int]]) -> None:
         self._interval = _interval(mu, sampled)
         self._counts: dict[tuple[float, float], int] = {}
-        self._composed: Any = None
+        self._mu, self._whole = 0.0, None  # sampled sums, and those over all customers up to `mu`
+        self._sampled, self._pending = None, list[Any]()  # sampled sums alone; what they lack
 
     def epsilon(
         self, mu: float, sampled: Sequence[tuple[float, float, int]], delta: float
@@ -151,15 +152,27 @@ class GrowingLoss:
         now = {(sigma, rate): count for sigma, rate, count in sampled}
         if any(now.get(kind, 0) < count for kind, count in self._counts.items()):
             raise AccountingError("sampled sums that were composed are not there any more")
-        for kind, count in now.items():
-            more = count - self._counts.get(kind, 0)
-            if more:
-                self._composed = _together(self._composed, _steps(*kind, more, self._interval))
-                self._counts[kind] = count
-        whole = self._composed
+        more = [
+            _steps(*kind, count - self._counts.get(kind, 0), self._interval)
+            for kind, count in now.items()
+            if count > self._counts.get(kind, 0)
+        ]
+        self._counts.update(now)
+        self._pending += more
+        if mu == self._mu:
+            for steps in more:
+                self._whole = _together(self._whole, steps)
+        else:
+            self._begin_with(mu)
+        return 0.0 if self._whole is None else float(self._whole.get_epsilon_for_delta(usable))
+
+    def _begin_with(self, mu: float) -> None:
+        """Compose with other sums over all customers, which cannot be taken out of the whole."""
+        for steps in self._pending:
+            self._sampled = _together(self._sampled, steps)
+        self._mu, self._whole, self._pending = mu, self._sampled, []
         if mu:
-            whole = _together(whole, _steps(1 / mu, 1.0, 1, self._interval))
-        return 0.0 if whole is None else float(whole.get_epsilon_for_delta(usable))
+            self._whole = _together(self._whole, _steps(1 / mu, 1.0, 1, self._interval))
 
 
 def _together(one: Any, other: Any) -> Any:

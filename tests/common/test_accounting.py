@@ -837,6 +837,24 @@ class TestRunningEpsilon:
             at_once = accountants.pld_epsilon(mu, sampled(), delta)
         assert growing.epsilon(mu, sampled(), delta) == pytest.approx(at_once, rel=1e-6)
 
+    def test_growing_with_other_sums(self) -> None:
+        """Sums over all customers come and go between; nothing of them stays, nothing is lost."""
+        growing = accountants.GrowingLoss(0.5, ((1.2, 0.1, 40),))
+        for mu, count in (
+            (0.0, 3),
+            (0.3, 3),
+            (0.3, 10),
+            (0.5, 10),
+            (0.5, 22),
+            (0.0, 40),
+            (0.5, 40),
+        ):
+            found = growing.epsilon(mu, ((1.2, 0.1, count),), 1e-5)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(accountants, "_interval", lambda *_: growing._interval)
+                at_once = accountants.pld_epsilon(mu, ((1.2, 0.1, count),), 1e-5)
+            assert found == pytest.approx(at_once, rel=1e-6)
+
     def test_growing_never_shrinks(self) -> None:
         """What was composed cannot be taken out: that is an error, and no number."""
         growing = accountants.GrowingLoss(0.0, ((1.2, 0.1, 20),))
