@@ -33,13 +33,14 @@ NO_LINK = bytes(32)  # before the first entry
 REKEY = "rekey"  # the kind of entry that hands a ledger over
 _REKEY_MARK = b'"kind":"rekey"'  # is in the body of each of them, as `body_bytes` writes it
 _LINK_BYTES, _SIGNATURE_BYTES, _NUMBER_BYTES = 32, 64, 8
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _MOST = 2**63 - 1  # number of an entry; what SQLite can count to
 _NO_COUNTERSIGNATURE = "field 'countersigned': is no countersignature"
 
 
 def body_bytes(document: Mapping[str, Any]) -> bytes:
     """Return an entry's body: ASCII JSON with sorted keys and no spaces."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _JSON.encode(document).encode()
 
 
 def link_after(link: bytes, body: bytes) -> bytes:
