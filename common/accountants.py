@@ -132,8 +132,10 @@ class GrowingLoss:
     def __init__(self, mu: float, sampled: Sequence[tuple[float, float, int]]) -> None:
         self._interval = _interval(mu, sampled)
         self._counts: dict[tuple[float, float], int] = {}
-        self._mu, self._whole = 0.0, None  # sampled sums, and those over all customers up to `mu`
-        self._sampled, self._pending = None, list[Any]()  # sampled sums alone; what they lack
+        self._mu = 0.0
+        self._whole: Any = None  # sampled sums, and those over all customers up to `mu`
+        self._sampled: Any = None  # sampled sums alone, but for what is pending
+        self._pending: list[Any] = []
 
     def epsilon(
         self, mu: float, sampled: Sequence[tuple[float, float, int]], delta: float
@@ -157,22 +159,21 @@ class GrowingLoss:
             for kind, count in now.items()
             if count > self._counts.get(kind, 0)
         ]
-        self._counts.update(now)
-        self._pending += more
         if mu == self._mu:
+            whole, sampled_alone, pending = self._whole, self._sampled, [*self._pending, *more]
             for steps in more:
-                self._whole = _together(self._whole, steps)
-        else:
-            self._begin_with(mu)
-        return 0.0 if self._whole is None else float(self._whole.get_epsilon_for_delta(usable))
-
-    def _begin_with(self, mu: float) -> None:
-        """Compose with other sums over all customers, which cannot be taken out of the whole."""
-        for steps in self._pending:
-            self._sampled = _together(self._sampled, steps)
-        self._mu, self._whole, self._pending = mu, self._sampled, []
-        if mu:
-            self._whole = _together(self._whole, _steps(1 / mu, 1.0, 1, self._interval))
+                whole = _together(whole, steps)
+        else:  # the sums over all customers cannot be taken out of the whole
+            sampled_alone, pending = self._sampled, []
+            for steps in (*self._pending, *more):
+                sampled_alone = _together(sampled_alone, steps)
+            whole = sampled_alone
+            if mu:
+                whole = _together(whole, _steps(1 / mu, 1.0, 1, self._interval))
+        # all at once: a library that fails on the way must not leave steps counted and not composed
+        self._counts, self._mu = {**self._counts, **now}, mu
+        self._whole, self._sampled, self._pending = whole, sampled_alone, pending
+        return 0.0 if whole is None else float(whole.get_epsilon_for_delta(usable))
 
 
 def _together(one: Any, other: Any) -> Any:

@@ -855,6 +855,25 @@ class TestRunningEpsilon:
                 at_once = accountants.pld_epsilon(mu, ((1.2, 0.1, count),), 1e-5)
             assert found == pytest.approx(at_once, rel=1e-6)
 
+    @pytest.mark.parametrize("mu", [0.5, 0.3])
+    def test_growing_after_a_failure(self, mu: float) -> None:
+        """A library that fails on the way loses no step of those that are told next."""
+        growing = accountants.GrowingLoss(0.5, ((1.2, 0.1, 40),))
+        growing.epsilon(0.5, ((1.2, 0.1, 10),), 1e-5)
+
+        def fail(_one: Any, _other: Any) -> Any:
+            raise MemoryError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accountants, "_together", fail)
+            with pytest.raises(MemoryError):
+                growing.epsilon(mu, ((1.2, 0.1, 30),), 1e-5)
+        found = growing.epsilon(mu, ((1.2, 0.1, 30),), 1e-5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accountants, "_interval", lambda *_: growing._interval)
+            at_once = accountants.pld_epsilon(mu, ((1.2, 0.1, 30),), 1e-5)
+        assert found == pytest.approx(at_once, rel=1e-6)
+
     def test_growing_never_shrinks(self) -> None:
         """What was composed cannot be taken out: that is an error, and no number."""
         growing = accountants.GrowingLoss(0.0, ((1.2, 0.1, 20),))
