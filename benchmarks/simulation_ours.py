@@ -121,7 +121,6 @@ def core(work: Workload, contract: Contract, meter: Meter, *, alike: bool) -> np
 def main() -> None:
     """Run what is asked for; print one JSON line."""
     meter, (what, folder) = Meter(), sys.argv[1:]
-
     work = Workload(folder)
     contract = contract_of(work, float((work.folder / "epsilon").read_text()))
     if what == "engine":

@@ -153,8 +153,8 @@ class Worker:
         self._repeatable = noise_for is not os_noise
         self._members_version = members_version
         self._tables: dict[Precision, Table] = {}  # the customers that are trained on
-        # the last in a plain sum: what it was for, the request's fingerprint, the answer
-        self._plain: tuple[Occasion, SumRequest, str, SumAnswer] | None = None  # answered last
+        # the last in a plain sum: what it was for, the request, its model by hash, the answer
+        self._plain: tuple[Occasion, SumRequest, str, SumAnswer] | None = None
         self._plan = plan_of(contract)
         self._charges = self._plan.charges(contract.exposed_contributors)
         self._network = network_of(contract)

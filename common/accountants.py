@@ -132,10 +132,7 @@ class GrowingLoss:
     def __init__(self, mu: float, sampled: Sequence[tuple[float, float, int]]) -> None:
         self._interval = _interval(mu, sampled)
         self._counts: dict[tuple[float, float], int] = {}
-        self._mu = 0.0
-        self._whole: Any = None  # sampled sums, and those over all customers up to `mu`
-        self._sampled: Any = None  # sampled sums alone, but for what is pending
-        self._pending: list[Any] = []
+        self._composed: Any = None
 
     def epsilon(
         self, mu: float, sampled: Sequence[tuple[float, float, int]], delta: float
@@ -154,25 +151,14 @@ class GrowingLoss:
         now = {(sigma, rate): count for sigma, rate, count in sampled}
         if any(now.get(kind, 0) < count for kind, count in self._counts.items()):
             raise AccountingError("sampled sums that were composed are not there any more")
-        more = [
-            _steps(*kind, count - self._counts.get(kind, 0), self._interval)
-            for kind, count in now.items()
-            if count > self._counts.get(kind, 0)
-        ]
-        if mu == self._mu:
-            whole, sampled_alone, pending = self._whole, self._sampled, [*self._pending, *more]
-            for steps in more:
-                whole = _together(whole, steps)
-        else:  # the sums over all customers cannot be taken out of the whole
-            sampled_alone, pending = self._sampled, []
-            for steps in (*self._pending, *more):
-                sampled_alone = _together(sampled_alone, steps)
-            whole = sampled_alone
-            if mu:
-                whole = _together(whole, _steps(1 / mu, 1.0, 1, self._interval))
-        # all at once: a library that fails on the way must not leave steps counted and not composed
-        self._counts, self._mu = {**self._counts, **now}, mu
-        self._whole, self._sampled, self._pending = whole, sampled_alone, pending
+        for kind, count in now.items():
+            more = count - self._counts.get(kind, 0)
+            if more:
+                self._composed = _together(self._composed, _steps(*kind, more, self._interval))
+                self._counts[kind] = count
+        whole = self._composed
+        if mu:
+            whole = _together(whole, _steps(1 / mu, 1.0, 1, self._interval))
         return 0.0 if whole is None else float(whole.get_epsilon_for_delta(usable))
 
 

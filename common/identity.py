@@ -15,12 +15,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-    Ed25519PrivateKey,
-    Ed25519PublicKey,
-)
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common.chain import is_signed
 from common.errors import IdentityError, WireError
 from common.masks import expand
 from common.rotation import WITNESS, Rotation, check_rotations, lineage
@@ -88,13 +85,7 @@ class Members:
     def verify(self, merchant: str, message: bytes, signature: bytes) -> bool:
         """Tell whether an enrolled merchant signed the message."""
         key = self.keys.get(merchant)
-        if key is None:
-            return False
-        try:
-            Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
-        except InvalidSignature:
-            return False
-        return True
+        return key is not None and is_signed(key, message, signature)
 
 
 def write_identity(identity: Identity, path: Path) -> None:

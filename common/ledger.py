@@ -217,7 +217,7 @@ class Ledger:
         if seen is None:
             seen = found.opened_by([self._witness], self._keys)
             self._opened = found, seen
-        self._check_held(seen)
+        self._check_held(connection, seen)
         row = connection.execute(
             "SELECT number, seq, at FROM countersignature ORDER BY number DESC LIMIT 1"
         ).fetchone()
@@ -252,9 +252,9 @@ class Ledger:
             )
         return seen
 
-    def _check_held(self, seen: Seen) -> None:
-        held = self._stored[seen.seq - 1 : seen.seq]
-        if [entry.link for entry in held] != [seen.link]:
+    def _check_held(self, connection: sqlite3.Connection, seen: Seen) -> None:
+        row = connection.execute("SELECT link FROM entry WHERE seq = ?", (seen.seq,)).fetchone()
+        if row is None or row[0] != seen.link:
             raise WitnessRefusal(
                 f"the witness saw an entry {seen.seq} that this merchant's ledger does not hold; "
                 "the ledger was put back from a copy, or is one of two"
@@ -601,7 +601,7 @@ class Ledger:
         """Raise if the witness saw more than the file holds."""
         seen = self._kept(connection) if self._witness else None
         if seen is not None:
-            self._check_held(seen)
+            self._check_held(connection, seen)
 
     def _head(self, since: int | None) -> Head:
         """Return the last entry, and how it extends the entry that the receiver knows."""

@@ -6,6 +6,7 @@ everything else that is done with a message.
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -236,10 +237,8 @@ def _fields(content: RecordDict, expected: str) -> dict[str, Any]:
 def _decoded(encoded: object) -> dict[str, Any]:
     fields: object = None
     if isinstance(encoded, bytes):
-        try:
+        with suppress(ValueError):  # all that it raises for bytes that are not MessagePack's
             fields = msgpack.unpackb(encoded, **_MOST_DECODED)
-        except ValueError:  # all that it raises for bytes that are not MessagePack's
-            fields = None
     if not isinstance(fields, dict):
         raise WireError(f"field '{_FIELDS}': expected names and values as MessagePack")
     return fields
