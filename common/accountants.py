@@ -131,8 +131,8 @@ class GrowingLoss:
 
     def __init__(self, mu: float, sampled: Sequence[tuple[float, float, int]]) -> None:
         self._interval = _interval(mu, sampled)
-        self._counts: dict[tuple[float, float], int] = {}
-        self._composed: Any = None
+        # how many sampled sums of each kind, mu, and what they compose to
+        self._known: tuple[dict[tuple[float, float], int], float, Any] = {}, 0.0, None
 
     def epsilon(
         self, mu: float, sampled: Sequence[tuple[float, float, int]], delta: float
@@ -149,16 +149,18 @@ class GrowingLoss:
         """
         usable = _without_rounding(mu, sampled, delta)
         now = {(sigma, rate): count for sigma, rate, count in sampled}
-        if any(now.get(kind, 0) < count for kind, count in self._counts.items()):
+        counts, known, whole = self._known
+        if any(now.get(kind, 0) < count for kind, count in counts.items()):
             raise AccountingError("sampled sums that were composed are not there any more")
+        if mu != known:
+            counts, whole = {}, None
         for kind, count in now.items():
-            more = count - self._counts.get(kind, 0)
+            more = count - counts.get(kind, 0)
             if more:
-                self._composed = _together(self._composed, _steps(*kind, more, self._interval))
-                self._counts[kind] = count
-        whole = self._composed
-        if mu:
+                whole = _together(whole, _steps(*kind, more, self._interval))
+        if mu != known and mu:
             whole = _together(whole, _steps(1 / mu, 1.0, 1, self._interval))
+        self._known = now, mu, whole  # all at once: what fails on the way loses no step
         return 0.0 if whole is None else float(whole.get_epsilon_for_delta(usable))
 
 

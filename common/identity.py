@@ -17,6 +17,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common import chain
 from common.chain import is_signed
 from common.errors import IdentityError, WireError
 from common.masks import expand
@@ -50,7 +51,7 @@ class Identity:
 
     def sign(self, message: bytes) -> bytes:
         """Return a signature of 64 bytes (RFC 8032)."""
-        return self.key.sign(message)
+        return chain.sign(self.key, self.public, message)
 
     def sealing_key(self, purpose: bytes) -> bytes:
         """Return a secret key for this merchant's own files."""

@@ -103,10 +103,14 @@ class Witness:
             (self._number,),
         )
         for number, merchant, key, seq, link, body, signature in rows.fetchall():
-            self._latest[key] = (seq, link, Countersignature(body, signature))
-            self._owners[key] = merchant
-            self._number = number
+            self._take(number, merchant, key, (seq, link, Countersignature(body, signature)))
         self._before = {new: old for _, old, new, *_ in connection.execute(_ROTATIONS)}
+
+    def _take(
+        self, number: int, merchant: str, key: bytes, seen: tuple[int, bytes, Countersignature]
+    ) -> None:
+        """Remember a row that is in the file."""
+        self._latest[key], self._owners[key], self._number = seen, merchant, number
 
     @property
     def public(self) -> bytes:
@@ -193,6 +197,7 @@ class Witness:
             ArchiveError: The file cannot be written; nothing was countersigned.
         """
         refused: dict[str, str] = {}
+        written: list[tuple[int, str, bytes, tuple[int, bytes, Countersignature]]] = []
         with self._transaction() as connection:
             self._read_new(connection)
             for merchant, (key, head) in sorted(heads.items()):
@@ -204,7 +209,7 @@ class Witness:
                 if self._seq(key) == head.seq:
                     continue
                 signed = self._signed_now[key] = self._signed(key, head.seq, head.link)
-                connection.execute(
+                row = connection.execute(
                     "INSERT INTO head SELECT coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ? "
                     "FROM head",
                     (
@@ -217,8 +222,10 @@ class Witness:
                         signed.signature,
                     ),
                 )
-        with self._transaction() as connection:  # what is on the disk by now
-            self._read_new(connection)
+                number = int(row.lastrowid or 0)
+                written.append((number, merchant, key, (head.seq, head.link, signed)))
+        for one in written:  # which are committed by now
+            self._take(*one)
         return refused
 
     def _check(self, connection: sqlite3.Connection, key: bytes, head: Head) -> None:
