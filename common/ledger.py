@@ -21,7 +21,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -564,14 +564,16 @@ class Ledger:
         if self._keys and self._keys[-1] != self._identity.public:
             raise LedgerError(f"{self.path}: was handed over to another key")
         # the salt keeps who sees a head alone from guessing what its entries say
-        body = body_bytes({**entry, "at": self._now(), "salt": os.urandom(16).hex()})
+        document = {**entry, "at": self._now(), "salt": os.urandom(16).hex()}
+        body = body_bytes(document)
         seq, link = self._seq + 1, link_after(self._link, body)
         signature = self._identity.sign(signed_head(self._identity.public, seq, link))
         connection.execute("INSERT INTO entry VALUES (?, ?, ?, ?)", (seq, body, link, signature))
-        self._take(Entry(seq, body, link, signature))
+        self._take(Entry(seq, body, link, signature), document)
 
-    def _take(self, entry: Entry) -> None:
-        _fold(self._account, entry, self.path)
+    def _take(self, entry: Entry, document: Mapping[str, Any] | None = None) -> None:
+        """Take an entry into account, whose body is read unless `document` is what it says."""
+        _fold(self._account, entry, self.path, document)
         self._stored.append(entry)
         self._keys = _keys_after(self._keys, entry, self._identity.public)
         self._seq, self._link = entry.seq, entry.link
@@ -781,9 +783,11 @@ def read_ledger(path: Path, budget: Budget, public: bytes) -> StoredLedger:
     return StoredLedger(account, entries, [Countersignature(*row) for row in seen], keys)
 
 
-def _fold(account: Account, entry: Entry, path: Path) -> None:
+def _fold(
+    account: Account, entry: Entry, path: Path, document: Mapping[str, Any] | None = None
+) -> None:
     try:
-        account.fold(entry.seq, entry.document)
+        account.fold(entry.seq, entry.document if document is None else document)
     except (
         LedgerError,
         AccountingError,
