@@ -31,7 +31,8 @@ from common.budget import Budget, Charge, Occasion
 from common.contract import Contract, parse_contract
 from common.events import Event
 from common.identity import Identity
-from common.ledger import Ledger, read_ledger, whole_run
+from common.ledger import Ledger, whole_run
+from common.ledger_entries import read_ledger
 from common.plan import Plan, plan_of
 from server.witness import Witness
 

@@ -6,7 +6,8 @@ from clients.merchant import Merchant
 from common.budget import Account, Budget
 from common.errors import IdentityError
 from common.identity import Identity, Members, read_identity, read_members
-from common.ledger import Ledger, read_ledger
+from common.ledger import Ledger
+from common.ledger_entries import read_ledger
 
 
 def budget_of(merchant: Merchant) -> Budget:

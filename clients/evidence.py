@@ -19,7 +19,7 @@ from common.contract import Contract, contract_toml, read_contract
 from common.errors import LedgerError
 from common.evidence import write_evidence
 from common.identity import Identity, Members, members_toml
-from common.ledger import StoredLedger, read_ledger
+from common.ledger_entries import StoredLedger, read_ledger
 from common.versions import code_sha256, hansa_version
 
 MERCHANT = "merchant"

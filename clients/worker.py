@@ -402,7 +402,9 @@ class Worker:
         if request.round > rounds:
             raise WireError(f"field 'round': the contract ends after {rounds} rounds")
         theta = request.parameters
-        if theta.shape != (self._network.size,) or not np.all(np.abs(theta) <= MAX_PARAMETER):
+        if theta.shape != (self._network.size,) or not (  # nor is what is not a number
+            theta.min() >= -MAX_PARAMETER and theta.max() <= MAX_PARAMETER
+        ):
             raise WireError(
                 f"field 'vector': expected {self._network.size} finite model parameters"
             )

@@ -17,7 +17,9 @@ import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import numba
@@ -39,10 +41,33 @@ def compiled(loop: Loop) -> Loop:
     process compiles anew, for a few seconds.
     """
     machine: Any = njit(loop, nogil=True, error_model="numpy")
-    # numba's words for "there is no folder"
-    with suppress(OSError, RuntimeError, ValueError):
+    # the last two are numba's words for "there is no folder"
+    with suppress(AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError):
         machine._cache = _KeptCode(loop)
     return cast("Loop", machine)
+
+
+@lru_cache(maxsize=16)
+def _bytecode_of(module: str) -> bytes:
+    """Return what Python runs as a module, which is not always what its source says.
+
+    Python takes bytecode of before for a source of the same length and time, as after two saves
+    in one second.
+    """
+    spec = sys.modules[module].__spec__
+    code = None if spec is None else cast("Any", spec.loader).get_code(spec.name)
+    if code is None:
+        raise ValueError("a module without source or bytecode")
+    return repr(_told(code)).encode()
+
+
+def _told(code: Any) -> Any:
+    """Return a code object as something that is told alike in every process."""
+    if isinstance(code, frozenset):
+        return sorted(map(repr, code))  # whose order is another one in every process
+    if not isinstance(code, CodeType):
+        return code
+    return code.co_code, code.co_names, code.co_varnames, [_told(one) for one in code.co_consts]
 
 
 class _KeptCode(FunctionCache):
@@ -50,8 +75,9 @@ class _KeptCode(FunctionCache):
 
     def __init__(self, loop: Callable[..., object]) -> None:
         super().__init__(loop)
-        folder, source = Path(self._cache_path), Path(loop.__code__.co_filename)
-        files: Any = _Files(folder, self._impl.filename_base, source)
+        source = Path(loop.__code__.co_filename)
+        parts = (source.read_bytes(), _bytecode_of(loop.__module__), Path(__file__).read_bytes())
+        files: Any = _Files(Path(self._cache_path), self._impl.filename_base, parts)
         self._cache_file = files
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -72,13 +98,12 @@ class _KeptCode(FunctionCache):
 class _Files:
     """One file for each piece of machine code, in the place of numba's index and data files."""
 
-    def __init__(self, folder: Path, base: str, source: Path) -> None:
+    def __init__(self, folder: Path, base: str, sources: tuple[bytes, ...]) -> None:
         self._folder, self._base = folder, base
-        self._source = hashlib.sha256(source.read_bytes()).hexdigest()
-        self._rules = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        self._sources = [hashlib.sha256(source).hexdigest() for source in sources]
 
     def _path(self, key: object) -> Path:
-        parts = (self._source, self._rules, numba.__version__, sys.version, repr(key))
+        parts = (*self._sources, numba.__version__, sys.version, repr(key))
         name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
         return self._folder / f"{self._base}.{name}.code"
 

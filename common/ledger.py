@@ -19,11 +19,9 @@ shortened file holds no entry that the witness countersigned last: both sides fi
 import hashlib
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,15 +36,12 @@ from common.chain import (
     Head,
     Seen,
     body_bytes,
-    check_rekey,
-    is_signed,
     link_after,
     named_key,
     rekey_proof,
     signed_head,
 )
 from common.errors import (
-    AccountingError,
     BudgetRefusal,
     LedgerError,
     ReplayRefusal,
@@ -54,14 +49,14 @@ from common.errors import (
     WitnessRefusal,
 )
 from common.identity import Identity
+from common.ledger_entries import checked_entries, fold, keys_after
+from common.sqlite_file import BROKEN, SqliteFile
 from common.versions import code_sha256, hansa_version
 
 _ACCOUNTANT = (
     "closed form for sums over all customers; for sampled ones an upper bound by RDP or, where "
     "that says no, the larger of Opacus PRV and dp-accounting PLD"
 )
-_PATIENCE_S = 30.0  # to wait for another process that writes
-_BROKEN = (sqlite3.Error, UnicodeDecodeError)  # the latter where its message holds broken bytes
 
 _LAST = (  # each takes one number, this one for nothing
     "SELECT body, signature, seq, at FROM countersignature WHERE seq >= ? "
@@ -139,19 +134,15 @@ class Ledger:
         self._witness = witness
         self._previous = tuple(previous)
         self._now = now
-        self._lock = threading.RLock()  # one thread at a time; SQLite's lock is for processes
-        self._connection: sqlite3.Connection | None = None
-        self._synchronous = ""  # what the connection was told last
-        self._file: tuple[int, int] | None = None
+        self._file = SqliteFile(
+            path, lambda what: LedgerError(f"{path}: the ledger cannot be {what}"), log=True
+        )
         self._opened: tuple[Countersignature, Seen] | None = None  # by the witness's key of today
         self._forget()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = self._connect()
-            self._connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
-            self._file = _file_at(path)
-        except (OSError, *_BROKEN) as error:
-            self.close()
+            self._file.open(_SCHEMA)
+        except (OSError, *BROKEN) as error:
             raise LedgerError(f"{path}: cannot be opened as a ledger ({error})") from None
         with self._transaction() as connection:
             if not self._seq:
@@ -184,7 +175,7 @@ class Ledger:
             LedgerError: It is another merchant's key, it signed this ledger before, or the file
                 cannot be written.
         """
-        with self._lock:  # until the key is exchanged: no other thread signs with the old one
+        with self._file.lock:  # until the key is exchanged: no other thread signs with the old one
             with self._transaction() as connection:
                 old = self._identity
                 if new.merchant != old.merchant or new.public in self._keys:
@@ -525,7 +516,7 @@ class Ledger:
             entries = list(self._stored)
         account = Account(self.budget)
         for entry in entries:
-            _fold(account, entry, self.path)
+            fold(account, entry, self.path)
         return account
 
     def entries(self) -> list[Entry]:
@@ -543,9 +534,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._file.close()
 
     def _forget(self) -> None:
         self._stored: list[Entry] = []
@@ -572,10 +561,10 @@ class Ledger:
         self._take(Entry(seq, body, link, signature), document)
 
     def _take(self, entry: Entry, document: Mapping[str, Any] | None = None) -> None:
-        """Take an entry into account, whose body is read unless `document` is what it says."""
-        _fold(self._account, entry, self.path, document)
+        """Take the next entry into account; `document` says what its body does, if known."""
+        fold(self._account, entry, self.path, document)
         self._stored.append(entry)
-        self._keys = _keys_after(self._keys, entry, self._identity.public)
+        self._keys = keys_after(self._keys, entry, self._identity.public)
         self._seq, self._link = entry.seq, entry.link
 
     def _read_new(self, connection: sqlite3.Connection) -> None:
@@ -616,195 +605,21 @@ class Ledger:
             signature = self._identity.sign(message)
         return Head(entry.seq, entry.link, signature, known, tuple(digests))
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, isolation_level=None, timeout=_PATIENCE_S, check_same_thread=False
-        )
-        patience = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                break
-            except sqlite3.OperationalError as error:
-                # of two processes that make the file at once SQLite refuses one without waiting
-                if "locked" not in str(error) or time.monotonic() > patience:
-                    connection.close()
-                    raise
-                time.sleep(0.01)
-        return connection
-
-    def _reconnect_if_replaced(self) -> sqlite3.Connection:
-        """Return the connection; a new one if another file is at the path by now."""
-        there = _file_at(self.path)
-        if self._file != there:
-            self.close()
-        if self._connection is None:
-            self._connection, self._synchronous = self._connect(), ""
-            self._file = there
-        return self._connection
-
     @contextmanager
     def _transaction(self, synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
         """Hold the write lock, with all entries read; commit at the end, undo on any exception."""
-        with self._lock, self._transaction_of_thread(synchronous) as connection:
-            yield connection
-
-    @contextmanager
-    def _transaction_of_thread(self, synchronous: str) -> Iterator[sqlite3.Connection]:
-        try:
-            connection = self._reconnect_if_replaced()
-            kept = synchronous if self._durable else "OFF"
-            if self._synchronous != kept:
-                connection.execute(f"PRAGMA synchronous = {kept}")
-                self._synchronous = kept
-            connection.execute("BEGIN IMMEDIATE")
-        except (OSError, *_BROKEN) as error:
-            raise LedgerError(f"{self.path}: the ledger cannot be used ({error})") from None
-        before, written = self._seq, False
-        try:
-            self._read_new(connection)
-            before = self._seq
-            yield connection
-            connection.execute("COMMIT")
-            written = True
-        except _BROKEN as error:
-            raise LedgerError(f"{self.path}: the ledger cannot be written ({error})") from None
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            if not written and self._seq != before:
-                self._forget()  # what was not written; the next transaction reads anew
-
-
-def checked_entries(
-    rows: Sequence[tuple[int, bytes, bytes, bytes]],
-    public: bytes,
-    source: str,
-    after: tuple[int, bytes] = (0, NO_LINK),
-    keys: tuple[bytes, ...] = (),
-) -> list[Entry]:
-    """Return stored rows as entries, if they continue the chain and their merchant signed it.
-
-    The signature of the last one is checked: its link commits to all before it; and that of
-    every entry that hands the ledger over, with the new key's.
-
-    Args:
-        rows: As stored.
-        public: The key of today.
-        source: Starts an error's message.
-        after: Number and link of the entry before.
-        keys: That signed up to there, oldest first.
-
-    Raises:
-        LedgerError: They do not; names the source.
-    """
-    entries, (seq, link) = [Entry(*row) for row in rows], after
-    for number, entry in enumerate(entries, start=seq + 1):
-        bits = isinstance(entry.body, bytes) and isinstance(entry.signature, bytes)
-        before, link = link, link_after(link, entry.body) if bits else b""
-        if entry.seq != number or entry.link != link:
-            raise LedgerError(f"{source}: entry {number} was changed, or is missing")
-        try:
-            if keys and named_key(entry) is not None:
-                check_rekey(entry, keys, before)
-            keys = _keys_after(keys, entry, public)
-        except LedgerError as error:
-            raise LedgerError(f"{source}: {error}") from None
-    if entries:
-        _check_signer(entries[-1], keys, public, source)
-    return entries
-
-
-def _keys_after(keys: tuple[bytes, ...], entry: Entry, public: bytes) -> tuple[bytes, ...]:
-    """Return the keys that signed, and sign, a ledger when this entry is in it."""
-    named = named_key(entry)
-    if named is not None:
-        return (*keys, named)
-    return keys or (public,)
-
-
-def _check_signer(last: Entry, keys: tuple[bytes, ...], public: bytes, source: str) -> None:
-    """Check that the key of today is the ledger's, and that it signed the last entry.
-
-    Raises:
-        LedgerError: It is not, or did not.
-    """
-    if public in keys[:-1]:
-        raise LedgerError(
-            f"{source}: was handed over from this key to {keys[-1].hex()[:16]}..., which alone "
-            "opens it now; put the new key in its place (a rotation that broke off is finished by "
-            "starting it again)"
-        )
-    signer = keys[-2] if last.seq > 1 and named_key(last) is not None else public
-    head = signed_head(signer, last.seq, last.link)
-    if keys[-1] != public or not is_signed(signer, head, last.signature):
-        raise LedgerError(
-            f"{source}: entry {last.seq} is not signed with this merchant's key; the ledger "
-            "was changed, or is another merchant's"
-        )
-
-
-@dataclass(frozen=True)
-class StoredLedger:
-    """What a ledger's file holds, checked."""
-
-    account: Account
-    entries: list[Entry]
-    countersignatures: list[Countersignature]
-    keys: tuple[bytes, ...]  # that signed it, oldest first
-
-
-def read_ledger(path: Path, budget: Budget, public: bytes) -> StoredLedger:
-    """Read a ledger without writing to it, and without the merchant's private key.
-
-    Args:
-        path: The SQLite file.
-        budget: The merchant's caps.
-        public: The key of today, which the ledger was handed over to last.
-
-    Raises:
-        LedgerError: The file cannot be read, was changed, or is another merchant's.
-    """
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
-            file.execute("BEGIN")
-            rows = file.execute("SELECT seq, body, link, signature FROM entry ORDER BY seq")
-            entries = checked_entries(rows.fetchall(), public, str(path))
-            seen = file.execute(
-                "SELECT body, signature FROM countersignature ORDER BY number"
-            ).fetchall()
-    except _BROKEN as error:
-        raise LedgerError(f"{path}: cannot be read as a ledger ({error})") from None
-    account = Account(budget)
-    keys: tuple[bytes, ...] = ()
-    for entry in entries:
-        _fold(account, entry, path)
-        keys = _keys_after(keys, entry, public)
-    return StoredLedger(account, entries, [Countersignature(*row) for row in seen], keys)
-
-
-def _fold(
-    account: Account, entry: Entry, path: Path, document: Mapping[str, Any] | None = None
-) -> None:
-    try:
-        account.fold(entry.seq, entry.document if document is None else document)
-    except (
-        LedgerError,
-        AccountingError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise LedgerError(
-            f"{path}: holds an entry {entry.seq} that cannot be read ({error})"
-        ) from None
-
-
-def _file_at(path: Path) -> tuple[int, int]:
-    """Return what tells a file from another one that is put at its path."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
+        with self._file.lock:
+            before, written = self._seq, False
+            try:
+                kept = synchronous if self._durable else "OFF"
+                with self._file.transaction(kept) as connection:
+                    self._read_new(connection)
+                    before = self._seq
+                    yield connection
+                written = True
+            finally:
+                if not written and self._seq != before:
+                    self._forget()  # what was not written; the next transaction reads anew
 
 
 def _named(occasion: Occasion) -> dict[str, Any]:

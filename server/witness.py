@@ -10,8 +10,7 @@ signed, the new key's head must extend what was seen of the old one, whose heads
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from common.chain import Countersignature, Head, extended, is_signed
 from common.errors import ArchiveError, IdentityError, WireError
 from common.identity import Identity
 from common.rotation import Rotation
+from common.sqlite_file import BROKEN, SqliteFile
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS head (
@@ -91,9 +91,16 @@ class Witness:
         self._number = 0  # of the newest row that is in `_latest`
         self._owners: dict[bytes, str] = {}  # key -> merchant
         self._before: dict[bytes, bytes] = {}  # key -> the one that it took over from
-        with self._transaction() as connection:
-            connection.executescript(_SCHEMA)
+        self._file = SqliteFile(path, self._failure, log=False)
+        try:
+            self._file.open(_SCHEMA)
+        except (OSError, *BROKEN) as error:
+            raise self._failure(f"used ({error})") from None
+        with self._file.transaction(self._synchronous) as connection:
             self._read_new(connection)
+
+    def _failure(self, what: str) -> ArchiveError:
+        return ArchiveError(f"{self._path}: the witness's record cannot be {what}")
 
     def _read_new(self, connection: sqlite3.Connection) -> None:
         """Take in what was witnessed since the last look, by any process."""
@@ -130,7 +137,7 @@ class Witness:
             ArchiveError: The file cannot be written.
         """
         rotation.check()
-        with self._transaction() as connection:
+        with self._file.transaction(self._synchronous) as connection:
             self._read_new(connection)
             if rotation.old == self._before.get(rotation.new):
                 return
@@ -146,12 +153,12 @@ class Witness:
                 "FROM rotation",
                 (*values, rotation.by_old, rotation.by_new),
             )
-        with self._transaction() as connection:
+        with self._file.transaction(self._synchronous) as connection:
             self._read_new(connection)
 
     def rotations(self) -> tuple[Rotation, ...]:
         """Return all rotations that were taken in, oldest first."""
-        with self._transaction() as connection:
+        with self._file.transaction(self._synchronous) as connection:
             return tuple(Rotation(*row) for row in connection.execute(_ROTATIONS).fetchall())
 
     def exchanged(self, keys: Mapping[str, bytes]) -> list[str]:
@@ -162,7 +169,7 @@ class Witness:
         Args:
             keys: Merchant -> its enrolled key of today.
         """
-        with self._transaction() as connection:
+        with self._file.transaction(self._synchronous) as connection:
             self._read_new(connection)
         lineages = {merchant: self._lineage(key) for merchant, key in keys.items()}
         return sorted(
@@ -198,7 +205,7 @@ class Witness:
         """
         refused: dict[str, str] = {}
         written: list[tuple[int, str, bytes, tuple[int, bytes, Countersignature]]] = []
-        with self._transaction() as connection:
+        with self._file.transaction(self._synchronous) as connection:
             self._read_new(connection)
             for merchant, (key, head) in sorted(heads.items()):
                 try:
@@ -297,7 +304,7 @@ class Witness:
 
     def log(self) -> list[dict[str, Any]]:
         """Return all that was countersigned, oldest first, as evidence holds it."""
-        with self._transaction() as connection:
+        with self._file.transaction(self._synchronous) as connection:
             rows = connection.execute(
                 "SELECT merchant, seq, link, signature, body, countersignature FROM head "
                 "ORDER BY number"
@@ -313,17 +320,3 @@ class Witness:
             }
             for merchant, seq, link, signature, body, countersignature in rows
         ]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with closing(sqlite3.connect(self._path, isolation_level=None)) as connection:
-                connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-                connection.execute("BEGIN IMMEDIATE")
-                yield connection
-                if connection.in_transaction:
-                    connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise ArchiveError(
-                f"{self._path}: the witness's record cannot be used ({error})"
-            ) from None

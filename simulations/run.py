@@ -26,7 +26,7 @@ from common.contract import Contract, contract_toml
 from common.errors import AccountingError, DataError, RunError
 from common.events import Event, merged, to_document
 from common.identity import write_members
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from common.start import START
 from server.app import create_app as create_server_app
 from server.archive import Archive, open_archive

@@ -32,7 +32,7 @@ from common.budget import Budget
 from common.chain import Head, is_signed, signed_head
 from common.contract import Contract, parse_contract
 from common.identity import Identity, Members
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from common.network import initial_parameters
 from common.plan import UPDATE, lattice_of, plan_of
 from common.session import occasion_hash, session_context

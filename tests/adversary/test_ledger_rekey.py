@@ -22,7 +22,8 @@ from common.chain import (
 )
 from common.errors import LedgerError, WireError, WitnessRefusal
 from common.identity import Identity
-from common.ledger import Ledger, checked_entries, read_ledger
+from common.ledger import Ledger
+from common.ledger_entries import checked_entries, read_ledger
 from common.rotation import sign_rotation
 from tests.ledgers import BUDGET, COORDINATOR, MODEL, Shop, behind_its_back, charge, occasion
 

@@ -14,7 +14,8 @@ import pytest
 from common.chain import NO_LINK, Entry, is_signed, link_after, signed_head
 from common.errors import LedgerError, WitnessRefusal
 from common.identity import Identity
-from common.ledger import Ledger, checked_entries, read_ledger
+from common.ledger import Ledger
+from common.ledger_entries import checked_entries, read_ledger
 from tests.ledgers import COORDINATOR, MODEL, Shop, behind_its_back, charge, occasion
 
 ENTRIES = 50

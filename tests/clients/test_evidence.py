@@ -13,7 +13,8 @@ from common.contract import Contract, contract_toml, read_contract
 from common.errors import ContractError, IdentityError, LedgerError
 from common.evidence import read_evidence
 from common.identity import Identity, Members, read_identity, write_identity, write_members
-from common.ledger import checked_entries, whole_run
+from common.ledger import whole_run
+from common.ledger_entries import checked_entries
 from common.plan import plan_of
 from server.witness import Witness
 

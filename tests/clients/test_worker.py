@@ -865,14 +865,7 @@ def test_locked_ledger_is_a_refusal(
     worker.ledger.close()
     holder = sqlite3.connect(worker.ledger.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    connect = worker.ledger._connect
-
-    def impatient() -> sqlite3.Connection:
-        connection = connect()
-        connection.execute("PRAGMA busy_timeout = 10")
-        return connection
-
-    monkeypatch.setattr(worker.ledger, "_connect", impatient)
+    monkeypatch.setattr("common.sqlite_file._PATIENCE_S", 0.01)
     assert refused(worker, request) == (
         "the merchant's ledger cannot be used; its own log says why"
     )

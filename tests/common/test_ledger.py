@@ -29,7 +29,8 @@ from common.errors import (
 )
 from common.events import GaussianSum
 from common.identity import Identity
-from common.ledger import Ledger, read_ledger, whole_run
+from common.ledger import Ledger, whole_run
+from common.ledger_entries import read_ledger
 from tests.ledgers import (
     BUDGET,
     CONTRACT,
@@ -906,7 +907,7 @@ class TestProcesses:
 
     def test_busy_for_too_long(self, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where another process does not let go, there is an error and no wait for ever."""
-        monkeypatch.setattr("common.ledger._PATIENCE_S", 0.05)
+        monkeypatch.setattr("common.sqlite_file._PATIENCE_S", 0.05)
         ledger = shop.opened()
         ledger.close()
         with closing(sqlite3.connect(shop.path, isolation_level=None)) as other:

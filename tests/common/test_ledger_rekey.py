@@ -11,7 +11,8 @@ from common.budget import Budget
 from common.chain import is_signed, rekey_proof, signed_head
 from common.errors import BudgetRefusal, LedgerError, ReplayRefusal, WireError
 from common.identity import Identity
-from common.ledger import Ledger, read_ledger, whole_run
+from common.ledger import Ledger, whole_run
+from common.ledger_entries import read_ledger
 from common.rotation import WITNESS, sign_rotation
 from server.witness import Witness
 from tests.ledgers import (

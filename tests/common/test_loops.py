@@ -1,6 +1,7 @@
 """Compiled loops: the same as the plain Python in them, kept between processes where it can be."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,13 +80,25 @@ class TestKept:
 
     CALL = "from loop import double; print(double(21), len(double.stats.cache_hits))"
 
-    def run(self, folder: Path, code: str = CALL, loop: str = LOOP, before: str = "") -> str:
+    def run(
+        self,
+        folder: Path,
+        code: str = CALL,
+        loop: str = LOOP,
+        before: str = "",
+        *,
+        bytecode: bool = False,
+    ) -> str:
         """Run a few lines beside a module with a loop; `before` is for the shell."""
         (folder / "loop.py").write_text(loop)
         done = subprocess.run(
             ["bash", "-c", f'{before}\nexec "$@"', "-", sys.executable, "-c", code],
             cwd=folder,
-            env={"PYTHONPATH": f"{ROOT}:{folder}", "NUMBA_CACHE_DIR": str(folder / "kept")},
+            env={
+                "PYTHONPATH": f"{ROOT}:{folder}",
+                "NUMBA_CACHE_DIR": str(folder / "kept"),
+                **({} if bytecode else {"PYTHONDONTWRITEBYTECODE": "1"}),
+            },
             capture_output=True,
             text=True,
             check=True,
@@ -117,6 +130,15 @@ class TestKept:
         assert self.run(tmp_path, loop=text) == "42 0"
         assert self.run(tmp_path, loop=text.replace("= 2", "= 3")) == "63 0"
         assert self.run(tmp_path, loop=text) == "42 1"
+
+    def test_old_bytecode_is_not_kept_for_new_source(self, tmp_path: Path) -> None:
+        """Python runs bytecode of before where two saves are a second apart at most."""
+        text = LOOP.replace("2 *", "FACTOR *") + "FACTOR = 2\n"
+        code = f"import os; os.utime('loop.py', (1e9, 1e9)); {self.CALL}"
+        for loop in (text, text.replace("= 2", "= 3")):
+            assert self.run(tmp_path, code, loop, bytecode=True) == "42 0"
+        shutil.rmtree(tmp_path / "__pycache__")
+        assert self.run(tmp_path, loop=text.replace("= 2", "= 3")) == "63 0"
 
     def test_a_save_that_breaks_off(self, tmp_path: Path) -> None:
         """Where the disk is full nothing is kept, and nothing fails."""

@@ -19,7 +19,7 @@ import pytest
 from common.budget import Account, Budget
 from common.contract import contract_toml, read_contract
 from common.identity import read_members
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from server.settings import read_settings
 from tests.deployed.cable import Cable
 

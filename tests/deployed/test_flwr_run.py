@@ -17,7 +17,7 @@ from clients.session_store import FileStore
 from common.budget import Budget
 from common.contract import contract_toml, read_contract
 from common.identity import read_identity, read_members
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from server.witness import Witness
 
 ROOT = Path(__file__).parent.parent.parent

@@ -22,7 +22,7 @@ from common.contract import Contract
 from common.errors import ArchiveError, RunError
 from common.events import to_document
 from common.identity import Members
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from common.plan import CENSUS, EVALUATION, PROFILE, UPDATE
 from common.wire import SumRequest, unpack
 from server.archive import Archive, open_archive

@@ -259,7 +259,7 @@ class TestRecord:
             file.execute(
                 "CREATE TRIGGER full BEFORE INSERT ON head BEGIN SELECT RAISE(ABORT, 'full'); END"
             )
-        with pytest.raises(RunError, match=r"cannot be used \(full\)"):
+        with pytest.raises(RunError, match=r"cannot be written \(full\)"):
             shop.refusal(head)
         assert shop.latest == before
 

@@ -17,7 +17,7 @@ from clients.worker import Worker
 from common.contract import contract_toml
 from common.errors import BudgetRefusal, RunError, SecureSumError
 from common.identity import write_members
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from common.network import parameters_sha256
 from common.wire import Attest, pack
 from server.app import create_app as create_server_app

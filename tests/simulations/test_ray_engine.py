@@ -23,7 +23,7 @@ from flwr.serverapp import ServerApp
 
 from clients.worker import Worker
 from common.errors import BudgetRefusal, ContractError, RunError
-from common.ledger import read_ledger
+from common.ledger_entries import read_ledger
 from common.network import parameters_sha256
 from common.wire import Attest, Attested
 from server.outcome import Outcome, RoundReport
