@@ -24,6 +24,10 @@ _SAID = {
     "segment of last period.",
     "good": "The noise costs little: expect nearly what the same training would reach without it.",
 }
+_PRETRAINED = (
+    "  This was measured without a start. The contract has one (model.start); the louder the "
+    "noise, the more a start helps."
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def _quality(crowd: Crowd) -> dict[str, Any]:
         "ratio": crowd.ratio,
         "run_ratio": crowd.run_ratio,
         "verdict": crowd.verdict,
+        "pretrained": crowd.contract.model.start is not None,
         "accuracy_error": crowd.accuracy_error,
         "smallest_segment": crowd.smallest_segment,
     }
@@ -248,6 +253,7 @@ def _quality_lines(quality: dict[str, Any] | None) -> list[str]:
         f"  signal over noise {number(quality['ratio'])} in a round, "
         f"{number(quality['run_ratio'])} in the whole run: {quality['verdict']}",
         f"  {_SAID[quality['verdict']]}",
+        *([_PRETRAINED] if quality["pretrained"] else []),
         "  accuracy: too few held-out customers to publish one"
         if error is None
         else f"  accuracy published with a noise of {percent(error)} either way",

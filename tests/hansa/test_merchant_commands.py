@@ -281,6 +281,15 @@ class TestPlan:
         assert "drowned" in text
         assert "too few held-out customers" in text
 
+    def test_a_start(self, fed: Path, tmp_path: Path) -> None:
+        """Where the contract has one, the plan says that its verdict was measured without."""
+        contract = read_contract(fed / "contract.toml")
+        for start, told in (("0" * 64, True), (None, False)):
+            path = tmp_path / "contract.toml"
+            path.write_text(contract_toml(contract.revised("other", model={"start": start})))
+            text = hansa("merchant", "plan", path, "--customers", 5).output
+            assert ("the louder the noise, the more a start helps" in text) == told
+
     def test_no_customer_is_read(self, fed: Path, shop: Path) -> None:
         """The table need not be there."""
         (shop.parent / "customers.parquet").unlink()
