@@ -2,7 +2,11 @@
 
 import doctest
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,6 +402,42 @@ def test_parameters_that_no_gradient_survives(precision: Precision) -> None:
     assert summed(0.0).any()  # nothing but the last layer's bias, since all units are dead
     assert not summed(1.0).any()
     assert np.array_equal(summed(0.0, 1.0, 0.0), summed(0.0, 0.0))
+
+
+NARROW = """
+import sys
+import numpy as np
+from clients.kernel_loops import COLUMNS, STRIP
+from tests.clients.test_kernel import sums_of_many_shapes
+assert (STRIP, COLUMNS) == (4, 6)
+np.savez(sys.argv[1], *sums_of_many_shapes())
+"""
+
+
+def sums_of_many_shapes() -> list[np.ndarray]:
+    """Return sums by kernels of all shapes, of both precisions, over several tiles."""
+    found = []
+    for shape in SHAPES:
+        network = Network(shape)
+        for precision in TOLERANCE:
+            kernel = Kernel(network, precision)  # type: ignore[arg-type]
+            found += [kernel_sum(kernel, *problem(network, rows), 0.5) for rows in (1, 63, 300)]
+    return found
+
+
+@pytest.mark.slow
+def test_other_registers(tmp_path: Path) -> None:
+    """A processor with few, short registers multiplies in other strips, and finds the same."""
+    environment = {**os.environ, "NUMBA_ENABLE_AVX": "0", "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    subprocess.run(
+        [sys.executable, "-c", NARROW, str(tmp_path / "sums.npz")],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        check=True,
+    )
+    with np.load(tmp_path / "sums.npz") as narrow:
+        for one, other in zip(sums_of_many_shapes(), narrow.values(), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_float32_error() -> None:
