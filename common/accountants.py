@@ -148,7 +148,9 @@ class GrowingLoss:
             AccountingError: As `pld_epsilon`, or some of what was composed is not there.
         """
         usable = _without_rounding(mu, sampled, delta)
-        now = {(sigma, rate): count for sigma, rate, count in sampled}
+        now: dict[tuple[float, float], int] = {}
+        for sigma, rate, count in sampled:
+            now[sigma, rate] = now.get((sigma, rate), 0) + count
         counts, known, whole = self._known
         if any(now.get(kind, 0) < count for kind, count in counts.items()):
             raise AccountingError("sampled sums that were composed are not there any more")
@@ -192,7 +194,10 @@ def _interval(mu: float, sampled: Sequence[tuple[float, float, int]]) -> float:
     single step with a very long tail gets a coarser grid; the rounding stays pessimistic.
     """
     steps = sum(count for _, _, count in sampled) + (mu > 0)
-    variance = mu * mu + math.fsum(n * (rate / sigma) ** 2 for sigma, rate, n in sampled)
+    spreads = [rate / sigma for sigma, rate, _ in sampled]
+    variance = mu * mu + math.fsum(n * s * s for (_, _, n), s in zip(sampled, spreads, strict=True))
+    if not variance < math.inf:
+        raise AccountingError("there is too little noise for a privacy loss that a float holds")
     fine = min(2.0 ** math.floor(math.log2(_FINE * math.sqrt(variance / steps))), 0.125)
     widest = max((_range(sigma, rate) for sigma, rate, _ in sampled), default=0.0)
     coarse = 32 * max(widest, 10 * mu + mu * mu / 2) / _MOST_POINTS

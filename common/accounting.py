@@ -124,10 +124,11 @@ class RunningEpsilon:
         if not covers(self._ahead, taken):
             mu_squared, sampled = _parts(taken)
             sums = (GaussianSum(mu_squared**-0.5, 1.0),) if mu_squared else ()
-            self._ahead = (*sums, *map(self._rounded_up, sampled))
+            ahead = (*sums, *map(self._rounded_up, sampled))
             growing = self._growing
             accountant = accountants.pld_epsilon if growing is None else growing.epsilon
-            self._bound = _quick(self._ahead, self._delta, accountant)
+            # both at once: after a failure the old bound is that of the old events
+            self._ahead, self._bound = ahead, _quick(ahead, self._delta, accountant)
         return self._bound
 
     def _rounded_up(self, part: tuple[float, float, int]) -> Event:

@@ -2,8 +2,8 @@
 
 Rules for such functions: a module of their own (tools that check types at run time wrap Python
 functions, and numba cannot read those), no check of indices (whoever calls them makes sure that
-they hold), and whatever they call, and every constant, in the same file: only that file and this
-one are looked at for changes.
+they hold), and whatever they call, and every constant, in the same module: only what Python runs
+as that module and this file are looked at for changes.
 
 numba's own cache takes old code for new after a save that broke off, and a damaged file ends the
 process. Wrong noise would be worse than slow noise, so here a file is named by everything that
@@ -17,11 +17,11 @@ import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar, cast
 
+import llvmlite
 import numba
 from numba import njit
 from numba.core.caching import FunctionCache
@@ -41,24 +41,11 @@ def compiled(loop: Loop) -> Loop:
     process compiles anew, for a few seconds.
     """
     machine: Any = njit(loop, nogil=True, error_model="numpy")
-    # the last two are numba's words for "there is no folder"
-    with suppress(AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError):
-        machine._cache = _KeptCode(loop)
+    module = sys._getframe(1).f_code
+    # numba's words for "there is no folder"
+    with suppress(OSError, RuntimeError, ValueError):
+        machine._cache = _KeptCode(loop, module)
     return cast("Loop", machine)
-
-
-@lru_cache(maxsize=16)
-def _bytecode_of(module: str) -> bytes:
-    """Return what Python runs as a module, which is not always what its source says.
-
-    Python takes bytecode of before for a source of the same length and time, as after two saves
-    in one second.
-    """
-    spec = sys.modules[module].__spec__
-    code = None if spec is None else cast("Any", spec.loader).get_code(spec.name)
-    if code is None:
-        raise ValueError("a module without source or bytecode")
-    return repr(_told(code)).encode()
 
 
 def _told(code: Any) -> Any:
@@ -67,16 +54,29 @@ def _told(code: Any) -> Any:
         return sorted(map(repr, code))  # whose order is another one in every process
     if not isinstance(code, CodeType):
         return code
-    return code.co_code, code.co_names, code.co_varnames, [_told(one) for one in code.co_consts]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    run = code.co_argcount, code.co_flags, code.co_code, code.co_exceptiontable
+    return names, run, [_told(one) for one in code.co_consts]
 
 
 class _KeptCode(FunctionCache):
-    """What numba asks for machine code, and gives new code to; never fails."""
+    """What numba asks for machine code, and gives new code to; never fails.
 
-    def __init__(self, loop: Callable[..., object]) -> None:
+    Args:
+        loop: The function.
+        module: What Python runs as the function's module. The source may say something else: it
+            may be replaced while the process starts, and Python takes bytecode of before for a
+            source of the same length and time, as after two saves in a second.
+
+    Raises:
+        ValueError: The function is not made where a module is run.
+    """
+
+    def __init__(self, loop: Callable[..., object], module: CodeType) -> None:
         super().__init__(loop)
-        source = Path(loop.__code__.co_filename)
-        parts = (source.read_bytes(), _bytecode_of(loop.__module__), Path(__file__).read_bytes())
+        if module.co_name != "<module>":
+            raise ValueError("no module tells what the loop depends on")
+        parts = (repr(_told(module)).encode(), Path(__file__).read_bytes())
         files: Any = _Files(Path(self._cache_path), self._impl.filename_base, parts)
         self._cache_file = files
 
@@ -103,7 +103,7 @@ class _Files:
         self._sources = [hashlib.sha256(source).hexdigest() for source in sources]
 
     def _path(self, key: object) -> Path:
-        parts = (*self._sources, numba.__version__, sys.version, repr(key))
+        parts = (*self._sources, numba.__version__, llvmlite.__version__, sys.version, repr(key))
         name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
         return self._folder / f"{self._base}.{name}.code"
 

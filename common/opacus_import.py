@@ -19,7 +19,7 @@ def opacus_accountants() -> ModuleType:
     """Return Opacus' module `opacus.accountants`, with `utils`.
 
     Where `opacus` was not imported before, this copy is ours alone: a later `import opacus` finds
-    nothing of it.
+    nothing of it. No other thread may import Opacus meanwhile: it would find half of it.
 
     Raises:
         ImportError: Opacus is not installed, or its accountants need more than they used to.

@@ -1,4 +1,4 @@
-"""One SQLite file that several processes may write to, held open between transactions.
+"""One SQLite file that several processes may write to.
 
 Used by the ledger and by its witness. A transaction holds SQLite's write lock from its start, so
 that what it reads holds until it has written; of several threads one at a time is in it.
@@ -18,6 +18,9 @@ _PATIENCE_S = 30.0  # to wait for another process that writes
 
 class SqliteFile:
     """A file and the connection to it, which is made anew when another file lies at the path.
+
+    A file with a log stays open between transactions. One without is opened for each: what was
+    copied over it is read, and nothing that SQLite kept of what was there before.
 
     Args:
         path: The file; made when it is not there.
@@ -69,21 +72,37 @@ class SqliteFile:
         """
         with self.lock:
             try:
-                connection = self._connected()
-                if self._synchronous != synchronous:
-                    connection.execute(f"PRAGMA synchronous = {synchronous}")
-                    self._synchronous = synchronous
-                connection.execute("BEGIN IMMEDIATE")
-            except (OSError, *BROKEN) as error:
-                raise self._failure(f"used ({error})") from None
-            try:
+                connection = self._begun(synchronous)
                 yield connection
                 connection.execute("COMMIT")
             except BROKEN as error:
                 raise self._failure(f"written ({error})") from None
             finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._end()
+
+    def _begun(self, synchronous: str) -> sqlite3.Connection:
+        try:
+            connection = self._connected()
+            if self._synchronous != synchronous:
+                connection.execute(f"PRAGMA synchronous = {synchronous}")
+                self._synchronous = synchronous
+            connection.execute("BEGIN IMMEDIATE")
+        except (OSError, *BROKEN) as error:
+            raise self._failure(f"used ({error})") from None
+        return connection
+
+    def _end(self) -> None:
+        """Undo what is not committed; whatever happens, no lock is held any more."""
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except BROKEN:
+            self.close()
+        if not self._log:
+            self.close()
 
     def _connected(self) -> sqlite3.Connection:
         """Return the connection; a new one if another file is at the path by now."""

@@ -238,9 +238,25 @@ def _decoded(encoded: object) -> dict[str, Any]:
     fields: object = None
     if isinstance(encoded, bytes):
         with suppress(ValueError):  # all that it raises for bytes that are not MessagePack's
-            fields = msgpack.unpackb(encoded, **_MOST_DECODED)
+            fields = msgpack.unpackb(
+                encoded, list_hook=_flat, object_hook=_of_flat, **_MOST_DECODED
+            )
     if not isinstance(fields, dict):
         raise WireError(f"field '{_FIELDS}': expected names and values as MessagePack")
+    return fields
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    """Return a list without lists or maps in it: a few bytes of those would make a lot."""
+    if any(isinstance(value, list | dict) for value in values):
+        raise ValueError("a list in a list")
+    return values
+
+
+def _of_flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a map without maps in it."""
+    if any(isinstance(value, dict) for value in fields.values()):
+        raise ValueError("a map in a map")
     return fields
 
 

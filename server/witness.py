@@ -88,7 +88,8 @@ class Witness:
         self._now = now
         self._latest: dict[bytes, tuple[int, bytes, Countersignature]] = {}  # by merchant's key
         self._signed_now: dict[bytes, Countersignature] = {}  # by this identity, for sure
-        self._number = 0  # of the newest row that is in `_latest`
+        # number, key, seq and link of the newest row that is in `_latest`
+        self._newest: tuple[int, bytes, int, bytes] = (0, b"", 0, b"")
         self._owners: dict[bytes, str] = {}  # key -> merchant
         self._before: dict[bytes, bytes] = {}  # key -> the one that it took over from
         self._file = SqliteFile(path, self._failure, log=False)
@@ -103,13 +104,24 @@ class Witness:
         return ArchiveError(f"{self._path}: the witness's record cannot be {what}")
 
     def _read_new(self, connection: sqlite3.Connection) -> None:
-        """Take in what was witnessed since the last look, by any process."""
+        """Take in what was witnessed since the last look, by any process.
+
+        Raises:
+            ArchiveError: The record does not hold what it held at the last look.
+        """
         rows = connection.execute(
             "SELECT number, merchant, key, seq, link, body, countersignature FROM head "
-            "WHERE number > ? ORDER BY number",
-            (self._number,),
-        )
-        for number, merchant, key, seq, link, body, signature in rows.fetchall():
+            "WHERE number >= ? ORDER BY number",
+            (self._newest[0],),
+        ).fetchall()
+        if self._newest[0]:
+            held, rows = rows[:1], rows[1:]
+            if [(number, *row[1:4]) for number, *row in held] != [self._newest]:
+                raise ArchiveError(
+                    f"{self._path}: the witness's record was put back or replaced while it was in "
+                    "use; end all processes that use it and find out what happened"
+                )
+        for number, merchant, key, seq, link, body, signature in rows:
             self._take(number, merchant, key, (seq, link, Countersignature(body, signature)))
         self._before = {new: old for _, old, new, *_ in connection.execute(_ROTATIONS)}
 
@@ -117,7 +129,8 @@ class Witness:
         self, number: int, merchant: str, key: bytes, seen: tuple[int, bytes, Countersignature]
     ) -> None:
         """Remember a row that is in the file."""
-        self._latest[key], self._owners[key], self._number = seen, merchant, number
+        self._latest[key], self._owners[key] = seen, merchant
+        self._newest = number, key, *seen[:2]
 
     @property
     def public(self) -> bytes:
@@ -205,34 +218,35 @@ class Witness:
         """
         refused: dict[str, str] = {}
         written: list[tuple[int, str, bytes, tuple[int, bytes, Countersignature]]] = []
-        with self._file.transaction(self._synchronous) as connection:
-            self._read_new(connection)
-            for merchant, (key, head) in sorted(heads.items()):
-                try:
-                    self._check(connection, key, head)
-                except WireError as error:
-                    refused[merchant] = str(error)
-                    continue
-                if self._seq(key) == head.seq:
-                    continue
-                signed = self._signed_now[key] = self._signed(key, head.seq, head.link)
-                row = connection.execute(
-                    "INSERT INTO head SELECT coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ? "
-                    "FROM head",
-                    (
-                        merchant,
-                        key,
-                        head.seq,
-                        head.link,
-                        head.signature,
-                        signed.body,
-                        signed.signature,
-                    ),
-                )
-                number = int(row.lastrowid or 0)
-                written.append((number, merchant, key, (head.seq, head.link, signed)))
-        for one in written:  # which are committed by now
-            self._take(*one)
+        with self._file.lock:  # until what was written is remembered
+            with self._file.transaction(self._synchronous) as connection:
+                self._read_new(connection)
+                for merchant, (key, head) in sorted(heads.items()):
+                    try:
+                        self._check(connection, key, head)
+                    except WireError as error:
+                        refused[merchant] = str(error)
+                        continue
+                    if self._seq(key) == head.seq:
+                        continue
+                    signed = self._signed_now[key] = self._signed(key, head.seq, head.link)
+                    number = self._newest[0] + len(written) + 1
+                    connection.execute(
+                        "INSERT INTO head VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        (
+                            number,
+                            merchant,
+                            key,
+                            head.seq,
+                            head.link,
+                            head.signature,
+                            signed.body,
+                            signed.signature,
+                        ),
+                    )
+                    written.append((number, merchant, key, (head.seq, head.link, signed)))
+            for one in written:
+                self._take(*one)
         return refused
 
     def _check(self, connection: sqlite3.Connection, key: bytes, head: Head) -> None:

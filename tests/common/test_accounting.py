@@ -874,6 +874,34 @@ class TestRunningEpsilon:
             at_once = accountants.pld_epsilon(mu, ((1.2, 0.1, 30),), 1e-5)
         assert found == pytest.approx(at_once, rel=1e-6)
 
+    def test_a_bound_after_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What could not be worked out is worked out anew; the bound of before is not told."""
+        running = RunningEpsilon([self.SAMPLED] * 80, 1e-5)
+        early = running.bound([self.SAMPLED] * 5)
+
+        def fail(*_: Any) -> float:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("common.accountants.GrowingLoss.epsilon", fail)
+            with pytest.raises(KeyboardInterrupt):
+                running.bound([self.SAMPLED] * 80)
+        late = running.bound([self.SAMPLED] * 80)
+        assert late > early
+        assert late >= told([self.SAMPLED] * 80) * (1 - 1e-9)
+
+    def test_a_kind_that_is_given_twice(self) -> None:
+        """It counts twice."""
+        twice, once = ((1.0, 0.05, 50), (1.0, 0.05, 50)), ((1.0, 0.05, 100),)
+        assert accountants.pld_epsilon(0.0, twice, 1e-5) == pytest.approx(
+            accountants.pld_epsilon(0.0, once, 1e-5), rel=1e-3
+        )
+
+    def test_noise_that_no_float_squares(self) -> None:
+        """That is an error of the accounting, with words."""
+        with pytest.raises(AccountingError, match="too little noise"):
+            RunningEpsilon([PoissonGaussianSum(1e-160, 1.0, 0.1)], 1e-5)
+
     def test_growing_never_shrinks(self) -> None:
         """What was composed cannot be taken out: that is an error, and no number."""
         growing = accountants.GrowingLoss(0.0, ((1.2, 0.1, 20),))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -150,6 +151,54 @@ class TestHead:
     def test_signatures_of_any_length(self, signature: bytes) -> None:
         """What is no signature does not fit, and that is all."""
         assert not is_signed(SHOP.public, b"message", signature)
+
+
+class TestMadeHere:
+    """Signatures that this process made itself are known; nothing else is taken for one."""
+
+    @given(st.binary(max_size=80), st.binary(max_size=80))
+    def test_only_what_was_signed(self, message: bytes, other: bytes) -> None:
+        """Another message, another key or another signature does not fit."""
+        signature = SHOP.sign(message)
+        assert is_signed(SHOP.public, message, signature)
+        assert is_signed(SHOP.public, other, signature) == (message == other)
+        assert not is_signed(OTHER.public, message, signature)
+        assert not is_signed(SHOP.public, message, bytes([signature[0] ^ 1]) + signature[1:])
+        longer = SHOP.public + message[:1]
+        assert is_signed(longer, message[1:], signature) == (longer == SHOP.public)
+
+    def test_the_same_without_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What another process made is checked by itself."""
+        signature = SHOP.sign(b"message")
+        monkeypatch.setattr("common.chain._made_here", {})
+        assert is_signed(SHOP.public, b"message", signature)
+        assert not is_signed(SHOP.public, b"massage", signature)
+
+    def test_what_changes_under_way(self) -> None:
+        """A message that is changed after it was signed is another one."""
+        message = bytearray(b"message")
+        signature = SHOP.sign(message)  # type: ignore[arg-type]
+        message[:] = b"massage"
+        assert not is_signed(SHOP.public, bytes(message), signature)
+        assert is_signed(SHOP.public, b"message", bytearray(signature))  # type: ignore[arg-type]
+
+    def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many threads sign; an older signature is checked anew."""
+        made: dict[bytes, bytes] = {}
+        monkeypatch.setattr("common.chain._made_here", made)
+        monkeypatch.setattr("common.chain._MOST_MADE_HERE", 20)
+        first = SHOP.sign(b"first")
+
+        def sign(name: int) -> None:
+            for number in range(200):
+                assert is_signed(SHOP.public, b"%d" % number, SHOP.sign(b"%d" % number))
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(sign, range(8)))
+        SHOP.sign(b"last")
+        assert len(made) == 20
+        assert first not in made
+        assert is_signed(SHOP.public, b"first", first)
 
 
 class TestCountersignature:

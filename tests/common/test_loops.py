@@ -132,13 +132,36 @@ class TestKept:
         assert self.run(tmp_path, loop=text) == "42 1"
 
     def test_old_bytecode_is_not_kept_for_new_source(self, tmp_path: Path) -> None:
-        """Python runs bytecode of before where two saves are a second apart at most."""
+        """Python runs bytecode of before where two saves are a second apart at most.
+
+        Its machine code is found again; under the new source, once that runs, it is not.
+        """
         text = LOOP.replace("2 *", "FACTOR *") + "FACTOR = 2\n"
         code = f"import os; os.utime('loop.py', (1e9, 1e9)); {self.CALL}"
-        for loop in (text, text.replace("= 2", "= 3")):
-            assert self.run(tmp_path, code, loop, bytecode=True) == "42 0"
+        for loop, said in ((text, "42 0"), (text.replace("= 2", "= 3"), "42 1")):
+            assert self.run(tmp_path, code, loop, bytecode=True) == said
         shutil.rmtree(tmp_path / "__pycache__")
         assert self.run(tmp_path, loop=text.replace("= 2", "= 3")) == "63 0"
+
+    def test_a_source_that_is_replaced_while_the_process_starts(self, tmp_path: Path) -> None:
+        """What was loaded is compiled, and never kept for the source that is there by now."""
+        text = (
+            "from pathlib import Path\n"
+            "source = Path(__file__)\n"
+            "source.write_text(source.read_text().replace('R = 2', 'R = 3'))\n"
+            + LOOP.replace("2 *", "FACTOR *")
+            + "FACTOR = 2\n"
+        )
+        assert self.run(tmp_path, loop=text) == "42 0"
+        assert self.run(tmp_path, loop=text.replace("R = 2", "R = 3")) == "63 0"
+
+    def test_a_loop_within_a_function(self, tmp_path: Path) -> None:
+        """What else it depends on cannot be known, so that nothing is kept."""
+        loop = "def made():\n" + LOOP.strip().replace("\n", "\n    ").replace("from", "    from")
+        text = loop + "\n    return double\ndouble = made()\n"
+        for _ in range(2):
+            assert self.run(tmp_path, loop=text) == "42 0"
+        assert not self.kept(tmp_path)
 
     def test_a_save_that_breaks_off(self, tmp_path: Path) -> None:
         """Where the disk is full nothing is kept, and nothing fails."""

@@ -4,6 +4,7 @@ import sqlite3
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,29 @@ class TestTransaction:
         add(file, 2)
         assert numbers(tmp_path / "one") == [2]
 
+    def test_an_undoing_that_fails(
+        self, tmp_path: Path, log: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody has to wait for this process to end, and the next transaction works."""
+
+        class Denying(sqlite3.Connection):
+            def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+                if sql in {"COMMIT", "ROLLBACK"}:
+                    raise sqlite3.OperationalError("denied")
+                return super().execute(sql, *rest)
+
+        path, connect = tmp_path / "one", sqlite3.connect
+        file = opened(path, log=log)
+        file.close()
+        with monkeypatch.context() as patch:
+            patch.setattr("sqlite3.connect", lambda *a, **k: connect(*a, factory=Denying, **k))
+            with pytest.raises(LedgerError, match=r"cannot be written \(denied\)"):
+                add(file, 1)
+        monkeypatch.setattr("common.sqlite_file._PATIENCE_S", 0.01)
+        add(opened(path, log=log), 2)
+        add(file, 3)
+        assert numbers(path) == [2, 3]
+
     def test_another_file_at_the_path(self, tmp_path: Path, log: bool) -> None:
         """A file that is put there is the one that is written to; one that is gone is an error."""
         path = tmp_path / "one"
@@ -110,6 +134,20 @@ class TestTransaction:
         for thread in threads:
             thread.join()
         assert numbers(path) == list(range(1, 161))
+
+
+def test_a_copy_over_a_file_without_log(tmp_path: Path) -> None:
+    """As many transactions, the same inode: nothing of what was there before is written over it."""
+    paths = tmp_path / "one", tmp_path / "other"
+    file, other = (opened(path, log=False) for path in paths)
+    for number in range(300):
+        add(file, number)
+        add(other, -number)
+    paths[0].write_bytes(paths[1].read_bytes())
+    add(file, 7)
+    assert numbers(paths[0]) == [*range(0, -300, -1), 7]
+    with closing(sqlite3.connect(paths[0])) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 def test_what_is_no_database_stays_closed(tmp_path: Path) -> None:

@@ -220,6 +220,18 @@ def test_endless_text() -> None:
         unpack(SumRequest, changed(REQUEST, run="x" * 1001))
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [[[]], [{}], {"a": {}}, [[[]] * 10_000] * 100, [{"a": [1]}] * 10_000, {"a": [{}]}, {"a": [[]]}],
+)
+def test_lists_in_lists(inner: Any) -> None:
+    """Nothing that the protocol knows is so deep; a few bytes of it would fill the memory."""
+    message = Share("run", "contract", 1, b"", [b"advert"])
+    content = closed({**opened(pack(message)), "roster": inner})
+    with pytest.raises(WireError, match="field 'fields'"):
+        unpack(Share, content)
+
+
 def test_endless_bytes() -> None:
     """So are bytes, alone and in a list, and lists."""
     with pytest.raises(WireError, match="field 'boxes': expected at most 1048576"):

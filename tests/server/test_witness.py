@@ -2,7 +2,8 @@
 
 import sqlite3
 import tempfile
-from contextlib import closing
+import threading
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +163,42 @@ class TestCountersign:
         shop.witness = shop.opened_witness()
         assert shop.refusal(release(shop, 4)) == ""
         shop.release(5)
+
+    def test_its_own_record_was_put_back_in_use(self, shop: Shop) -> None:
+        """A process that remembers more than its record holds countersigns nothing more."""
+        copy = shop.opened(shop.copy("copy.sqlite"))
+        before, path = shop.latest, shop.folder / "witness.sqlite"
+        old = path.read_bytes()
+        for number in range(3):
+            shop.release(number)
+        path.write_bytes(old)
+        fork = copy.release(occasion(7), charge(), MODEL, "", before)
+        other = shop.opened_witness()
+        assert other.countersign({"shop": (shop.key, fork)}) == {}  # all that it can know
+        known = shop.latest
+        with pytest.raises(RunError, match="put back or replaced while it was in use"):
+            shop.refusal(copy.release(occasion(8), charge(), MODEL, "", other.latest(shop.key)))
+        assert shop.latest == known
+
+    def test_threads(self, shop: Shop) -> None:
+        """Whoever countersigns last is who is remembered last."""
+        heads = [release(shop, number, shop.latest) for number in range(5)]
+        seen = []
+
+        def countersign(head: Head) -> None:
+            with suppress(AssertionError):
+                assert shop.witness.countersign({"shop": (shop.key, head)}) == {}
+            seen.append(Countersignature.from_bytes(shop.latest))
+
+        threads = [threading.Thread(target=countersign, args=(head,)) for head in heads]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(seen) == 5
+        latest = shop.witness.log()[-1]
+        held = Countersignature.from_bytes(shop.latest).opened(COORDINATOR.public, shop.key)
+        assert (held.seq, held.link.hex()) == (latest["seq"], latest["link"])
 
     @settings(max_examples=12)
     @given(st.lists(st.tuples(st.sampled_from("rslc"), st.integers(0, 3)), max_size=12))
