@@ -35,7 +35,7 @@ LIBRARIES = {
     },
     "ray": {"simulations/ray_engine.py"},
     "numba": {"clients/kernel_loops.py", "common/compiled.py"},
-    "llvmlite": {"clients/kernel_loops.py"},
+    "llvmlite": {"clients/kernel_loops.py", "common/compiled.py"},
     "torch": {
         "clients/training_opacus.py",
         "common/models.py",
@@ -51,6 +51,8 @@ LIBRARIES = {
     },
     "sqlite3": {
         "common/ledger.py",
+        "common/ledger_entries.py",
+        "common/sqlite_file.py",
         "server/registry.py",
         "server/registry_rows.py",
         "server/witness.py",
