@@ -72,10 +72,10 @@ def _take_steps(
     """
     optimizer = OwnOptimizer(training, task.start[None])
     sums, sampling = np.empty_like(optimizer.theta), task.noise.spawn()
-    scale = scale_of(lattice_step(release.event.sensitivity, release.steps), task.batch)
+    clip_norm = release.event.sensitivity
+    scale = scale_of(lattice_step(clip_norm, release.steps), task.batch)
     for noise in _noise_rows(change.size, task, training.local_steps, release):
         chosen = sampling.sampled(len(task.table), training.sampling_rate)
-        clip_norm = release.event.sensitivity
         kernel.sums(optimizer.theta, [task.table], [chosen], clip_norm, out=sums)
         make_noisy(sums[0], release, noise)
         sums *= scale

@@ -194,8 +194,8 @@ def _interval(mu: float, sampled: Sequence[tuple[float, float, int]]) -> float:
     single step with a very long tail gets a coarser grid; the rounding stays pessimistic.
     """
     steps = sum(count for _, _, count in sampled) + (mu > 0)
-    spreads = [rate / sigma for sigma, rate, _ in sampled]
-    variance = mu * mu + math.fsum(n * s * s for (_, _, n), s in zip(sampled, spreads, strict=True))
+    squares = ((rate / sigma) * (rate / sigma) * n for sigma, rate, n in sampled)
+    variance = mu * mu + math.fsum(squares)
     if not variance < math.inf:
         raise AccountingError("there is too little noise for a privacy loss that a float holds")
     fine = min(2.0 ** math.floor(math.log2(_FINE * math.sqrt(variance / steps))), 0.125)

@@ -3,7 +3,7 @@
 import sqlite3
 import tempfile
 import threading
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,8 +186,7 @@ class TestCountersign:
         seen = []
 
         def countersign(head: Head) -> None:
-            with suppress(AssertionError):
-                assert shop.witness.countersign({"shop": (shop.key, head)}) == {}
+            shop.witness.countersign({"shop": (shop.key, head)})  # refused where it comes late
             seen.append(Countersignature.from_bytes(shop.latest))
 
         threads = [threading.Thread(target=countersign, args=(head,)) for head in heads]
