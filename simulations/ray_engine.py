@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ from common.errors import ContractError, RunError
 from server.services import FLOWER_ENVIRONMENT
 from simulations.engines import ENDED
 from simulations.grid import FIRST_NODE, error_reply
+from simulations.interrupts import deaf_to_interrupts
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -86,6 +88,8 @@ def run_in_ray(
 ) -> None:
     """Run a ServerApp against merchants in Ray's actors to its end; end Ray, too.
 
+    Ctrl-C ends it when the messages under way are answered; until then it is not heard again.
+
     Args:
         server_app: The coordinator.
         merchants: What makes the worker of each; picklable.
@@ -103,18 +107,24 @@ def run_in_ray(
         import ray
         from flwr.simulation import run_simulation
 
-        clients = _Clients(ray.put(list(merchants)))
-        try:
-            run_simulation(
+        # In a thread of its own: interrupted in this one, Flower ends Ray while its threads wait
+        # for replies, and they wait on, and the process with them.
+        with ThreadPoolExecutor(1, "flower") as pool:
+            running = pool.submit(
+                run_simulation,
                 coordinator.app,
-                clients,
+                _Clients(ray.put(list(merchants))),
                 len(merchants),
                 backend_config={"client_resources": _RESOURCES},  # type: ignore[dict-item]
             )
-        except Exception as error:
-            raise RunError(f"Flower's engine failed: {_reason(error)}") from error
-        finally:
-            coordinator.end()
+            try:
+                running.result()
+            except Exception as error:
+                raise RunError(f"Flower's engine failed: {_reason(error)}") from error
+            finally:
+                with deaf_to_interrupts():  # a second one would end Ray too early after all
+                    coordinator.end()
+                    wait([running])
     coordinator.raise_failure()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from common.contract import Contract
 from common.errors import ContractError, DataError
 from common.service_lock import locked
+from simulations.interrupts import deaf_to_interrupts
 from simulations.sweep_cell import (
     Cell,
     Origin,
@@ -250,7 +251,7 @@ def _fork_server() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(_AHEAD)
     own = {**dict.fromkeys(_THREADS, "1"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with _environment(own), _deaf_to_interrupts():
+    with _environment(own), deaf_to_interrupts():
         forkserver.ensure_running()
     return context
 
@@ -267,15 +268,3 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears them
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -87,6 +87,20 @@ def failed(make: Callable[[], Worker]) -> Worker:
     return worker
 
 
+def interrupting(process: int, make: Callable[[], Worker]) -> Worker:
+    """Return a worker that interrupts a process and then answers, but not at once."""
+    worker = make()
+    attest = worker.attest
+
+    def interrupt(message: Attest) -> Attested:
+        os.kill(process, signal.SIGINT)
+        time.sleep(2)
+        return attest(message)
+
+    worker.attest = interrupt  # type: ignore[method-assign]
+    return worker
+
+
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Python find no Ray."""
     monkeypatch.setattr("simulations.ray_engine.find_spec", lambda _: None)
@@ -315,8 +329,32 @@ class TestRay:
         federation = federation_of(tmp_path / "f")
         with pytest.raises(BudgetRefusal, match="enough"):
             run_rounds(federation, tmp_path / "f", report, computing=RAY)
-        left = [thread.name for thread in threading.enumerate() if not thread.daemon]
-        assert left == ["MainThread"]
+        assert threads_left() == ["MainThread"]
+        assert not list(tmp_path.glob("f/merchants/*/*session*"))
+
+    def test_an_interrupt_while_an_actor_works(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ray ends after Flower's threads that wait for it: some would wait for ever."""
+        import ray
+
+        ends: list[list[str]] = []
+        end = ray.shutdown
+
+        def shutdown() -> None:
+            names = (thread.name for thread in threading.enumerate())
+            ends.append([name for name in names if name.startswith("ThreadPoolExecutor")])
+            end()
+
+        monkeypatch.setattr(ray, "shutdown", shutdown)
+        federation = federation_of(tmp_path / "f")
+        *others, last = federation.members
+        slow = partial(interrupting, os.getpid(), last.elsewhere)
+        federation = replace(federation, members=(*others, replace(last, elsewhere=slow)))
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(federation, tmp_path / "f", lambda _: None, computing=RAY)
+        assert ends == [[], []]  # Flower ends it, and we make sure of it
+        assert threads_left() == ["MainThread"]
         assert not list(tmp_path.glob("f/merchants/*/*session*"))
 
     @pytest.mark.parametrize("how", ["interrupt", "actor"])
@@ -344,12 +382,18 @@ class TestRay:
             printed = command.communicate(timeout=120)[1]
         finally:
             command.kill()
+            command.wait()
         if how == "interrupt":
             assert (command.returncode, "hansa: interrupted" in printed) == (130, True)
         else:
             assert (command.returncode, ENDED in printed) == (1, True), printed
         until(lambda: not processes(mark))
         assert not list(tmp_path.glob("out/merchants/*/*session*"))
+
+
+def threads_left() -> list[str]:
+    """Return the threads that keep this process alive."""
+    return [thread.name for thread in threading.enumerate() if not thread.daemon]
 
 
 def until(done: Callable[[], bool], limit_s: float = 180) -> None:
