@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -107,24 +107,24 @@ def run_in_ray(
         import ray
         from flwr.simulation import run_simulation
 
+        clients = _Clients(ray.put(list(merchants)))
         # In a thread of its own: interrupted in this one, Flower ends Ray while its threads wait
         # for replies, and they wait on, and the process with them.
-        with ThreadPoolExecutor(1, "flower") as pool:
-            running = pool.submit(
+        pool = ThreadPoolExecutor(1, "flower")
+        try:
+            pool.submit(
                 run_simulation,
                 coordinator.app,
-                _Clients(ray.put(list(merchants))),
+                clients,
                 len(merchants),
                 backend_config={"client_resources": _RESOURCES},  # type: ignore[dict-item]
-            )
-            try:
-                running.result()
-            except Exception as error:
-                raise RunError(f"Flower's engine failed: {_reason(error)}") from error
-            finally:
-                with deaf_to_interrupts():  # a second one would end Ray too early after all
-                    coordinator.end()
-                    wait([running])
+            ).result()
+        except Exception as error:
+            raise RunError(f"Flower's engine failed: {_reason(error)}") from error
+        finally:
+            with deaf_to_interrupts():  # a second one would end Ray too early after all
+                coordinator.end()
+                pool.shutdown()
     coordinator.raise_failure()
 
 
