@@ -84,9 +84,9 @@ def releases(faulty: Callable[..., np.ndarray]) -> Any:
     """Add noise with another function, to sums and to a merchant's own steps."""
     rounds: dict[int, tuple[Any, NoiseSource]] = {}  # noise drawn at once -> a stream for it
 
-    def in_place(values: np.ndarray, release: Any, drawn: np.ndarray) -> None:
+    def in_place(values: np.ndarray, release: Any, drawn: np.ndarray, scale: float) -> None:
         _, noise = rounds.setdefault(id(drawn.base), (drawn.base, NoiseSource.fresh()))
-        values[:] = faulty(
+        values[:] = scale * faulty(
             values.copy(),
             sensitivity=release.event.sensitivity,
             noise_multiplier=release.event.noise_multiplier,

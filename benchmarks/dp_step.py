@@ -161,7 +161,7 @@ class Setting:
                 rows = noise_of_steps(release, size, left, stream)
                 left -= len(rows)
                 for row in rows:
-                    make_noisy(numbers, release, row)
+                    make_noisy(numbers, release, row, 1.0)
                     numbers.fill(0.0)
 
         return steps

@@ -77,8 +77,7 @@ def _take_steps(
     for noise in _noise_rows(change.size, task, training.local_steps, release):
         chosen = sampling.sampled(len(task.table), training.sampling_rate)
         kernel.sums(optimizer.theta, [task.table], [chosen], clip_norm, out=sums)
-        make_noisy(sums[0], release, noise)
-        sums *= scale
+        make_noisy(sums[0], release, noise, scale)
         optimizer.step(sums)
     np.subtract(optimizer.theta[0], change, out=change)
 

@@ -92,22 +92,27 @@ def noise_of_steps(
 
 
 def make_noisy(
-    values: Float64[np.ndarray, " P"], release: Release, noise: Int64[np.ndarray, " P"]
+    values: Float64[np.ndarray, " P"],
+    release: Release,
+    noise: Int64[np.ndarray, " P"],
+    scale: float,
 ) -> None:
     """Turn a sum that stays here into a noisy one, in place: multiples of its lattice step.
 
-    The same as `noisy_sum` with this merchant's noise alone, as floats that hold integers.
+    The same as `noisy_sum` with this merchant's noise alone, as floats that hold integers, which
+    are then multiplied by `scale`.
 
     Args:
         values: The exact sum.
         release: The planned release.
         noise: Of this step alone: a row of `noise_of_steps`.
+        scale: Of the result, which hides nothing: it may not depend on customers.
 
     Raises:
         WireError: A value is not finite or too large for the lattice.
     """
     inverse = 1.0 / lattice_step(release.event.sensitivity, release.steps)
-    if not add_noise(values, inverse, LIMIT, noise):
+    if not add_noise(values, inverse, LIMIT, noise, scale):
         raise WireError(TOO_LARGE)
 
 

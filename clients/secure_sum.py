@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from common.errors import SecureSumError
 from common.identity import Identity, Members
-from common.masks import KEY_BYTES, add_masks, expand, extract, stream_bytes
+from common.masks import add_masks, expand, extract, stream_bytes
 from common.session import (
     BOX_BYTES,
     CONFIRMATION_BYTES,
@@ -51,6 +51,7 @@ from common.session import (
     threshold,
 )
 from common.shares import ELEMENTS, SECRET_BYTES, random_elements, split
+from common.streams import KEY_BYTES
 
 
 class Phase(StrEnum):

@@ -8,14 +8,15 @@ from common.compiled import compiled
 
 
 @compiled
-def add_noise(values: Any, inverse: float, limit: float, noise: Any) -> bool:
-    """Turn `values` into multiples of a lattice step, in place, and add `noise`.
+def add_noise(values: Any, inverse: float, limit: float, noise: Any, scale: float) -> bool:
+    """Turn `values` into multiples of a lattice step, in place, add `noise`, multiply by `scale`.
 
     Args:
         values: [P] float64.
         inverse: Of the lattice step.
         limit: What a multiple must stay below.
         noise: [P] multiples, int64.
+        scale: Of the results.
 
     Returns:
         Whether all multiples stay below the limit.
@@ -24,7 +25,7 @@ def add_noise(values: Any, inverse: float, limit: float, noise: Any) -> bool:
     for place in range(len(values)):
         multiple = np.rint(values[place] * inverse)
         held &= abs(multiple) < limit
-        values[place] = multiple + noise[place]
+        values[place] = (multiple + noise[place]) * scale
     return held
 
 

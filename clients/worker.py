@@ -189,7 +189,7 @@ class Worker:
         noise.discrete_gaussian(1000, 1000.0)  # of which some need more than a first look
         noise.discrete_gaussian(1, 2.0**40)
         noise.sampled(1, 1.0)
-        add_noise(np.zeros(1), 1.0, 1.0, np.zeros(1, dtype=np.int64))
+        add_noise(np.zeros(1), 1.0, 1.0, np.zeros(1, dtype=np.int64), 1.0)
         move(np.zeros((1, 1)), np.zeros((1, 1)), 1.0, 1.0)
         kernel = kernel_of(
             self._network, "float32" if self.contract.training.mode == "local" else "float64"

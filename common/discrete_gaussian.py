@@ -104,8 +104,8 @@ class Table:
         reach: Largest magnitude that is ever drawn.
         high: Upper 64 bits, ascending.
         low: Lower 64 bits.
-        rest: Of the upper 64 bits those that follow the first 16, from the top; 16 zeros below.
-        following: The same of the next threshold, if it begins with the same 16 bits; else ones.
+        ends: Of the upper 64 bits those that follow the first 16, from the top; 16 zeros below.
+            Beside it the same of the next threshold, if it begins with the same 16 bits; else ones.
         guide: For the first 16 bits of a uniform, how many thresholds do not exceed it. Where
             that depends on the bits that follow, -1 less how many it is at least.
     """
@@ -113,8 +113,7 @@ class Table:
     reach: int
     high: UInt64[np.ndarray, " T"]
     low: UInt64[np.ndarray, " T"]
-    rest: UInt64[np.ndarray, " T"]
-    following: UInt64[np.ndarray, " T"]
+    ends: UInt64[np.ndarray, "T 2"]
     guide: Int16[np.ndarray, " G"]
 
 
@@ -175,14 +174,15 @@ def base_table(stddev: float) -> Table:
     packed = b"".join(threshold.to_bytes(_BITS // 8, "big") for threshold in thresholds)
     words = np.frombuffer(packed, dtype=">u8").astype(np.uint64).reshape(-1, 2)
     high, low = np.ascontiguousarray(words[:, 0]), np.ascontiguousarray(words[:, 1])
-    rest = high << np.uint64(_GUIDE_BITS)
     prefixes = high >> np.uint64(64 - _GUIDE_BITS)
-    following = np.append(rest[1:], _ONES)
-    following[:-1][prefixes[1:] != prefixes[:-1]] = _ONES
+    ends = np.full((high.size, 2), _ONES)
+    ends[:, 0] = high << np.uint64(_GUIDE_BITS)
+    alike = np.flatnonzero(prefixes[1:] == prefixes[:-1])
+    ends[alike, 1] = ends[alike + 1, 0]
     guide = _guide(prefixes)
-    for shared in (high, low, rest, following, guide):
+    for shared in (high, low, ends, guide):
         shared.setflags(write=False)  # every caller gets this table
-    return Table(len(counts), high, low, rest, following, guide)
+    return Table(len(counts), high, low, ends, guide)
 
 
 def _counts(stddev: float) -> list[int]:
@@ -237,10 +237,7 @@ def _settle(
 ) -> None:
     """Write the samples that the first 16 bits leave open."""
     drawn, tied = words(unsure.size), np.empty(unsure.size, dtype=np.int32)
-    count = settle(
-        table.guide, table.rest, table.following, table.high, prefixes, unsure, drawn,
-        table.reach, places, tied,
-    )  # fmt: skip
+    count = settle(table.ends, table.high, prefixes, unsure, drawn, table.reach, places, tied)
     for tie in tied[:count]:  # chance 2^-50 a sample, or less
         sample = unsure[tie]
         upper = _upper(prefixes[sample], drawn[tie])
@@ -256,7 +253,10 @@ def _upper(prefix: np.uint16, word: np.uint64) -> np.uint64:
 
 
 def samples(
-    plan: Plan, prefixes: UInt16[np.ndarray, "draws count"], words: Words
+    plan: Plan,
+    prefixes: UInt16[np.ndarray, "draws count"],
+    words: Words,
+    out: Int64[np.ndarray, " count"] | None = None,
 ) -> Int64[np.ndarray, " count"]:
     """Turn uniform bits into samples with the plan's parameter.
 
@@ -264,6 +264,7 @@ def samples(
         plan: From `choose_plan`.
         prefixes: A column for each number, of `plan.draws` prefixes as in `base_samples`.
         words: As in `base_samples`.
+        out: Where the numbers go; None for an array of the caller's own.
 
     Returns:
         One number for every column. None exceeds 37 `plan.stddev`.
@@ -271,11 +272,17 @@ def samples(
     Guarantee: total variation of at most `plan.distance` a number from the discrete Gaussian
     whose parameter squared is `plan.variance`, if the bits are uniform.
     """
+    numbers = np.empty(prefixes.shape[1], dtype=np.int64) if out is None else out
     drawn = base_samples(base_table(plan.base_stddev), prefixes.ravel(), words)
     rows: list[Int[np.ndarray, " count"]] = [*drawn.reshape(prefixes.shape)]
-    for multiplier in plan.multipliers:
+    for multiplier in plan.multipliers[:-1]:
         rows = [_summed(*pair, multiplier) for pair in zip(rows[0::2], rows[1::2], strict=True)]
-    return rows[0].astype(np.int64, copy=False)
+    if plan.multipliers:
+        one, other = rows
+        add_multiple(one, other, plan.multipliers[-1], numbers)
+    else:
+        numbers[:] = rows[0]
+    return numbers
 
 
 def _summed(

@@ -1,8 +1,7 @@
 """Keys and mask streams.
 
-Keys: HKDF with SHA-256 (RFC 5869), one block, salted with the roster's hash. Streams: AES-256 in
-counter mode with 96 zero bits and a 32-bit counter that starts at 2, which is what GCM with a
-zero nonce encrypts with; OpenSSL's GCM path is the fastest. A key serves one stream.
+Keys: HKDF with SHA-256 (RFC 5869), one block, salted with the roster's hash. Streams: see
+`common.streams`. A key serves one stream.
 """
 
 import hashlib
@@ -10,16 +9,15 @@ import hmac
 from collections.abc import Iterable
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import CipherContext
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-KEY_BYTES = 32
+from common.streams import KEY_BYTES, MOST_BYTES, NONCE, key_stream
+
 _BLOCK_BYTES = 2**18  # with zeros, mask and values it fits into a core's own cache
 _SHORT_BYTES = 2**16  # up to here one call makes a stream at less cost
 _ZEROS = memoryview(bytes(_BLOCK_BYTES))
-_NONCE = bytes(12)
 _STREAMS_AT_ONCE = 256  # open cipher contexts
-_MOST_BYTES = 2**36 - 64  # of one stream, before its counter would repeat
 _LABEL = b"hansa secure sum 1"
 
 
@@ -49,7 +47,7 @@ def expand(key: bytes, info: bytes) -> bytes:
 
 def stream_bytes(key: bytes, count: int) -> bytes:
     """Return the first `count` bytes of a key's stream."""
-    return _stream(key).update(bytes(count))
+    return key_stream(key).update(bytes(count))
 
 
 def add_masks(values: np.ndarray, plus: Iterable[bytes], minus: Iterable[bytes]) -> None:
@@ -62,17 +60,19 @@ def add_masks(values: np.ndarray, plus: Iterable[bytes], minus: Iterable[bytes])
         plus: 32-byte keys.
         minus: 32-byte keys.
     """
-    if values.dtype not in (np.uint32, np.uint64) or values.nbytes > _MOST_BYTES:
+    if values.dtype not in (np.uint32, np.uint64) or values.nbytes > MOST_BYTES:
         raise ValueError("expected at most 64 GiB of uint32 or uint64")
     jobs = [(key, np.add) for key in plus] + [(key, np.subtract) for key in minus]
     if values.nbytes <= _SHORT_BYTES:
         word, zeros = values.dtype.newbyteorder("<"), _ZEROS[: values.nbytes]
         for key, operation in jobs:
-            raw = AESGCM(key).encrypt(_NONCE, zeros, None)  # and a tag, unused
+            raw = AESGCM(key).encrypt(NONCE, zeros, None)  # and a tag, unused
             operation(values, np.frombuffer(raw, word, count=values.size), out=values)
         return
     for start in range(0, len(jobs), _STREAMS_AT_ONCE):
-        _add_streams(values, [(_stream(k), op) for k, op in jobs[start : start + _STREAMS_AT_ONCE]])
+        _add_streams(
+            values, [(key_stream(k), op) for k, op in jobs[start : start + _STREAMS_AT_ONCE]]
+        )
 
 
 def _add_streams(values: np.ndarray, streams: list[tuple[CipherContext, np.ufunc]]) -> None:
@@ -91,7 +91,3 @@ def _checked(key: bytes) -> bytes:
     if len(key) != KEY_BYTES:
         raise ValueError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
     return key
-
-
-def _stream(key: bytes) -> CipherContext:
-    return Cipher(algorithms.AES(key), modes.GCM(_NONCE)).encryptor()

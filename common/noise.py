@@ -1,7 +1,8 @@
 """Random numbers for privacy, from a cryptographic source.
 
-AES-256 in counter mode, keyed by the operating system. Never numpy's or torch's generators:
-torch's CPU generator has 32 bits of state to guess, and its noise can be subtracted.
+AES-256 in counter mode (`common.streams`), keyed by the operating system. Never numpy's or
+torch's generators: torch's CPU generator has 32 bits of state to guess, and its noise can be
+subtracted.
 
 A seeded source exists for simulations that must be repeatable. Its noise can be guessed by
 whoever knows the seed, so results made with it are marked "not for release".
@@ -12,11 +13,11 @@ import math
 import os
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from jaxtyping import Int64
 
-from common.discrete_gaussian import Plan, choose_plan, samples
+from common.discrete_gaussian import choose_plan, samples
 from common.noise_loops import any_twice, choose
+from common.streams import key_stream
 
 _SAMPLES = 2**17  # of a table at a time: what they take stays in the processor's cache
 
@@ -29,7 +30,7 @@ class NoiseSource:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._stream = key_stream(key)
 
     @classmethod
     def fresh(cls) -> "NoiseSource":
@@ -68,21 +69,15 @@ class NoiseSource:
         AES-CTR cannot be told from random words; only integers are computed with. See
         `common.discrete_gaussian`.
         """
-        plan = choose_plan(stddev)
-        blocks = -(-count * plan.draws // _SAMPLES)
-        if blocks <= 1:
-            return self._block(plan, count)
-        at_once = -(-count // blocks)
-        numbers = np.empty(count, dtype=np.int64)
+        plan, numbers = choose_plan(stddev), np.empty(count, dtype=np.int64)
+        blocks = max(1, -(-count * plan.draws // _SAMPLES))
+        at_once = max(1, -(-count // blocks))
         for start in range(0, count, at_once):
             part = numbers[start : start + at_once]
-            part[:] = self._block(plan, part.size)
+            bits = self._stream.update(bytes(2 * plan.draws * part.size))
+            prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, part.size)
+            samples(plan, prefixes, self._words, part)
         return numbers
-
-    def _block(self, plan: Plan, count: int) -> Int64[np.ndarray, " count"]:
-        bits = self._stream.update(bytes(2 * plan.draws * count))
-        prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, count)
-        return samples(plan, prefixes, self._words)
 
     def sampled(self, count: int, rate: float) -> Int64[np.ndarray, " chosen"]:
         """Return who is chosen of `count`, each with chance `rate` (to 2**-53), in random order.

@@ -32,9 +32,7 @@ def look_up(guide: Any, prefixes: Any, reach: int, places: Any, unsure: Any) -> 
 
 @compiled
 def settle(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by name
-    guide: Any,
-    rest: Any,
-    following: Any,
+    ends: Any,
     high: Any,
     prefixes: Any,
     unsure: Any,
@@ -46,15 +44,14 @@ def settle(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by name
     """Write the samples that 64 bits settle; nearly always one threshold begins with the same 16.
 
     Args:
-        guide: [G] as in `look_up`.
-        rest: [T] what follows the first 16 bits of each threshold.
-        following: [T] the same of the next threshold, if it begins alike.
+        ends: [T, 2] what follows the first 16 bits of each threshold, and of the next one if it
+            begins alike.
         high: [T] the thresholds' upper 64 bits, ascending.
         prefixes: [N].
         unsure: [U] which ones.
         drawn: [U] a word for each, whose upper 48 bits follow the prefix.
         reach: What a sample is less than its place in the table.
-        places: [N] samples.
+        places: [N] samples; of the unsure ones, what `look_up` left there.
         tied: [U] places in `unsure` of those that equal a threshold; as many as are returned.
 
     Returns:
@@ -63,11 +60,11 @@ def settle(  # noqa: PLR0913, PLR0917  # numba's functions take nothing by name
     ties = 0
     for number in range(len(unsure)):
         sample, word = unsure[number], drawn[number]
-        least = -1 - guide[prefixes[sample]]
-        threshold = rest[least]
+        least = -1 - (places[sample] + reach)
+        threshold = ends[least, 0]
         place = least + (word >= threshold)
         # in what is compared; unsigned, so that a difference below 0 is large
-        if (word - threshold) >> 16 == 0 or word >= following[least]:
+        if (word - threshold) >> 16 == 0 or word >= ends[least, 1]:
             upper = np.uint64(prefixes[sample]) << np.uint64(48) | word >> np.uint64(16)
             place, above = least, len(high)
             while place < above:  # thresholds before `place` are passed, those from `above` not

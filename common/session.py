@@ -17,9 +17,10 @@ import numpy as np
 from common.contract import MAX_COHORT
 from common.errors import SecureSumError
 from common.identity import MERCHANT_ID
-from common.masks import KEY_BYTES, digest, expand, joined
+from common.masks import digest, expand, joined
 from common.network import parameters_sha256
 from common.shares import SECRET_BYTES
+from common.streams import KEY_BYTES
 
 MIN_COHORT = 2
 MAX_STEPS = 2**31 - 1

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from common.errors import SecureSumError
 from common.identity import Members
-from common.masks import KEY_BYTES, add_masks, stream_bytes
+from common.masks import add_masks, stream_bytes
 from common.session import (
     CONFIRMATION_BYTES,
     MARK_BYTES,
@@ -32,6 +32,7 @@ from common.session import (
     to_bitmap,
 )
 from common.shares import ELEMENTS, SECRET_BYTES, combine
+from common.streams import KEY_BYTES
 
 _SELF, _ROW = 0, 1  # the two secrets of a step
 

@@ -67,7 +67,7 @@ LIBRARIES = {
         "common/evidence.py",
         "common/identity.py",
         "common/masks.py",
-        "common/noise.py",
+        "common/streams.py",
         "server/app.py",
         "server/certificates.py",
         "server/enrolling.py",

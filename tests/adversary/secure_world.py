@@ -20,7 +20,7 @@ from common.budget import Budget
 from common.chain import Head
 from common.contract import Contract, parse_contract
 from common.identity import Identity, Members
-from common.masks import KEY_BYTES, add_masks, expand, stream_bytes
+from common.masks import add_masks, expand, stream_bytes
 from common.network import initial_parameters
 from common.session import (
     BOX_BYTES,
@@ -38,6 +38,7 @@ from common.session import (
     to_bitmap,
 )
 from common.shares import SECRET_BYTES, combine
+from common.streams import KEY_BYTES
 from common.wire import Advertise, Confirm, Reveal, Share, SumAnswer, SumRequest
 from server.secure_sum import CoordinatorSession
 from tests.witnessed import COORDINATOR, ledger_at, witness

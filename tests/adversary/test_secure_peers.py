@@ -19,7 +19,7 @@ from clients.app import create_app
 from clients.secure_sum import MerchantSession
 from common.errors import SecureSumError, WireError
 from common.identity import Members
-from common.masks import KEY_BYTES, digest
+from common.masks import digest
 from common.session import (
     BOX_BYTES,
     CONFIRMATION_BYTES,
@@ -29,6 +29,7 @@ from common.session import (
     session_context,
 )
 from common.shares import ELEMENTS, SECRET_BYTES, random_elements, split
+from common.streams import KEY_BYTES
 from common.wire import (
     Advertised,
     Attested,

@@ -21,7 +21,7 @@ from clients.app import create_app
 from clients.secure_sum import MerchantSession, Phase, State
 from clients.session_store import FileStore
 from common.errors import HansaError, PolicyError, SecureSumError
-from common.masks import KEY_BYTES, add_masks
+from common.masks import add_masks
 from common.session import (
     Escrow,
     mask_key,
@@ -30,6 +30,7 @@ from common.session import (
     to_bitmap,
 )
 from common.shares import SECRET_BYTES
+from common.streams import KEY_BYTES
 from common.wire import Advertise, Confirm, pack
 from server.secure_sum import CoordinatorSession
 from simulations.datasets import load

@@ -22,7 +22,7 @@ from clients.session_store import FileStore
 from common import session as session_module
 from common.errors import SecureSumError, WireError
 from common.identity import Identity, Members
-from common.masks import KEY_BYTES, add_masks, digest
+from common.masks import add_masks, digest
 from common.noise import NoiseSource
 from common.session import (
     BOX_BYTES,
@@ -35,6 +35,7 @@ from common.session import (
     step_context,
     to_bitmap,
 )
+from common.streams import KEY_BYTES
 from common.wire import Advertise, Advertised, Confirm, Reveal, Share, SumRequest
 from tests.adversary.secure_world import (
     CONTEXT,

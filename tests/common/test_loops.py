@@ -48,13 +48,17 @@ class TestLikePython:
         keys = np.array(drawn, dtype=np.uint64)
         assert any_twice(keys, np.argsort(keys)) == (len(set(drawn)) < len(drawn))
 
-    @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=20), st.integers(-(2**40), 2**40))
-    def test_add_noise(self, sums: list[float], number: int) -> None:
-        """Rounded half to even, like numpy; integers are added exactly."""
+    @given(
+        st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=20),
+        st.integers(-(2**40), 2**40),
+        st.floats(1e-9, 1e9),
+    )
+    def test_add_noise(self, sums: list[float], number: int, scale: float) -> None:
+        """Rounded half to even, like numpy; integers are added exactly, and then scaled."""
         values = np.array(sums)
         noise = np.full(len(sums), number)
-        expected = np.rint(values * 8.0) + noise
-        assert add_noise(values, 8.0, 2.0**52, noise)
+        expected = (np.rint(values * 8.0) + noise) * scale
+        assert add_noise(values, 8.0, 2.0**52, noise, scale)
         assert np.array_equal(values, expected)
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**52, -(2.0**52)])
@@ -63,7 +67,7 @@ class TestLikePython:
         """One number that a lattice does not hold is seen at every place."""
         values = np.zeros(10)
         values[place] = bad
-        assert not add_noise(values, 1.0, 2.0**52, np.zeros(10, dtype=np.int64))
+        assert not add_noise(values, 1.0, 2.0**52, np.zeros(10, dtype=np.int64), 1.0)
 
     @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.floats(0, 1e6))
     def test_move(self, slopes: list[float], rate: float) -> None:
