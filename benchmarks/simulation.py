@@ -8,12 +8,13 @@ rows, first model and learning rates everywhere; one thread for mathematics. DP-
 noise of about 1 in our rows and with Opacus (true Poisson batches); pfl clips updates and adds
 noise to the sum; FedJAX, BlazeFL and the plain loop are not private.
 
-Ours has two rows, since a run of ours has no sampling of merchants: everybody who takes part does
-so in every round.
+Ours has several rows, since a run of ours has no sampling of merchants: everybody who takes part
+does so in every round.
 
 - `ours` is the in-process engine with all that a run has (Flower's messages, charged ledgers,
   the witness; sums are plain). Its federation is the 20 merchants of the first cohort, and the
   other 980 do not exist: what a simulator does to keep 1,000 at hand is not in this row.
+- `ours_masked` is the same run with secure sums, for `secure_sums_cpu_s`.
 - `ours_core` is the training computation alone, `clients.local_steps.local_updates`, on 20 of
   1,000 chosen anew each round. Here nothing is charged: it is no run that anybody could carry out.
 - `ours_core_alike` is the core on what `ours` trains on, for `engine_overhead`.
@@ -30,6 +31,7 @@ over the rounds of a process, then median, least and most over the turns.
 - `cpu_ratio_to_X`: CPU of `ours` / CPU of X; `core_cpu_ratio_to_X`: of `ours_core`. Median over
   the turns; `spread` holds least and most of each.
 - `engine_overhead`: CPU of `ours` / CPU of `ours_core_alike`, less 1.
+- `secure_sums_cpu_s`: CPU of `ours_masked`, less that of `ours`: what secure sums cost a round.
 - `first_round_s`, `peak_mib`: of `ours`: wall time from the start of Python to the end of the
   first round; memory.
 """
@@ -83,6 +85,11 @@ SYSTEMS = {
     "ours": System(
         "20 merchants, a whole run: messages, ledgers, witness, DP-SGD",
         ("-m", "benchmarks.simulation_ours", "engine"),
+        own=True,
+    ),
+    "ours_masked": System(
+        "20 merchants, a whole run with secure sums",
+        ("-m", "benchmarks.simulation_ours", "engine-masked"),
         own=True,
     ),
     "ours_core": System(
@@ -230,6 +237,9 @@ def summary(found: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) ->
     if {"ours", "ours_core_alike"} <= cpu.keys():
         pairs = zip(cpu["ours"], cpu["ours_core_alike"], strict=True)
         ratios["engine_overhead"] = [own / core - 1 for own, core in pairs]
+    if {"ours", "ours_masked"} <= cpu.keys():
+        pairs = zip(cpu["ours"], cpu["ours_masked"], strict=True)
+        ratios["secure_sums_cpu_s"] = [masked - plain for plain, masked in pairs]
     rows = {name: _row(name, runs) for name, runs in found.items()}
     own = {name: rows["ours"][name]["median"] for name in ("first_round_s", "peak_mib")}
     return {

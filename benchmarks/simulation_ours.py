@@ -1,10 +1,11 @@
 """Our side of `benchmarks.simulation`: a runner a process, like those in `benchmarks/peers`.
 
-    python -m benchmarks.simulation_ours {engine,core,core-alike} FOLDER
+    python -m benchmarks.simulation_ours {engine,engine-masked,core,core-alike} FOLDER
 
 - `engine`: the in-process engine with everything that a run has: Flower's messages, ledgers, the
   witness, plain sums. A run has no sampling of merchants, so its federation is the workload's
   first cohort, and these merchants take part in every round.
+- `engine-masked`: the same with secure sums.
 - `core`: `clients.local_steps.local_updates` alone, on the cohorts that the workload chooses;
   each round reads its merchants' memory-mapped rows.
 - `core-alike`: the same on what `engine` trains on: the same merchants, with tables that are made
@@ -34,7 +35,7 @@ from simulations.run import run_rounds
 _HELD_OUT = 0.04  # customers a merchant keeps for evaluation, beside those it trains on
 
 
-def contract_of(work: Workload, epsilon: float) -> Contract:
+def contract_of(work: Workload, epsilon: float, *, secure: bool = False) -> Contract:
     """Return the contract of the workload; noise is what `epsilon` asks for."""
     rounds, merchants = work.cohorts.shape
     segments = len(work.layers[-1][1])
@@ -59,7 +60,7 @@ def contract_of(work: Workload, epsilon: float) -> Contract:
                 "held_out": _HELD_OUT,
             },
             "privacy": {"epsilon": epsilon, "delta": 1e-5, "clip_norm": work.clip_norm},
-            "aggregation": {"secure": False},
+            "aggregation": {"secure": secure},
             "publication": {"evaluate_every": int(rounds), "profiles": False},
         },
         source="benchmark",
@@ -122,8 +123,9 @@ def main() -> None:
     """Run what is asked for; print one JSON line."""
     meter, (what, folder) = Meter(), sys.argv[1:]
     work = Workload(folder)
-    contract = contract_of(work, float((work.folder / "epsilon").read_text()))
-    if what == "engine":
+    epsilon = float((work.folder / "epsilon").read_text())
+    contract = contract_of(work, epsilon, secure=what == "engine-masked")
+    if what.startswith("engine"):
         theta = engine(work, contract, meter)
     else:
         theta = core(work, contract, meter, alike=what == "core-alike")

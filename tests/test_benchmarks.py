@@ -55,17 +55,17 @@ def test_simulation(tmp_path: Path) -> None:
     """Our engine, its core and a plain loop on a small workload, in one JSON document."""
     document = tmp_path / "simulation.json"
     command = [sys.executable, "-m", "benchmarks.simulation", "--json", str(document)]
-    command += ["--systems", "ours,ours_core_alike,plain,pfl", "--turns", "1"]
+    command += ["--systems", "ours,ours_masked,ours_core_alike,plain,pfl", "--turns", "1"]
     command += ["--merchants", "6", "--rows", "130", "--rounds", "3", "--cohort", "3"]
     command += ["--peers", str(tmp_path / "none")]
     environment = {**os.environ, **OFFLINE}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=500)
     found = json.loads(document.read_text(encoding="utf-8"))
     figures = {"cpu_ratio_to_plain", "first_round_s", "peak_mib"}
-    assert {*figures, "engine_overhead"} <= found.keys()
+    assert {*figures, "engine_overhead", "secure_sums_cpu_s"} <= found.keys()
     assert all(found[name] > 0 for name in figures)
     rows = found["systems"]
-    assert rows.keys() == {"ours", "ours_core_alike", "plain"}
+    assert rows.keys() == {"ours", "ours_masked", "ours_core_alike", "plain"}
     assert all(row["cpu_s"]["min"] > 0 and row["peak_mib"]["min"] > 10 for row in rows.values())
     assert "no virtual environment" in found["left_out"]["pfl"]
 
