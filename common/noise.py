@@ -17,7 +17,7 @@ from jaxtyping import Int64
 
 from common.discrete_gaussian import choose_plan, samples
 from common.noise_loops import any_twice, choose
-from common.streams import key_stream
+from common.streams import KEY_BYTES, MOST_BYTES, key_stream
 
 _SAMPLES = 2**17  # of a table at a time: what they take stays in the processor's cache
 
@@ -25,12 +25,14 @@ _SAMPLES = 2**17  # of a table at a time: what they take stays in the processor'
 class NoiseSource:
     """A stream of random numbers that nobody without the key can predict.
 
+    It does not end: before a key's counter would repeat, its next 32 bytes are the next key.
+
     Args:
         key: 32 secret bytes. One key serves one stream; never use a key twice.
     """
 
     def __init__(self, key: bytes) -> None:
-        self._stream = key_stream(key)
+        self._stream, self._left = key_stream(key), MOST_BYTES - KEY_BYTES
 
     @classmethod
     def fresh(cls) -> "NoiseSource":
@@ -49,7 +51,7 @@ class NoiseSource:
         Where one stream's use depends on the customers (how many are to be chosen from), another's
         must not: whoever compares two tables then sees the same noise in both.
         """
-        return NoiseSource(self._stream.update(bytes(32)))
+        return NoiseSource(self._bytes(KEY_BYTES))
 
     def discrete_gaussian(self, count: int, stddev: float) -> Int64[np.ndarray, " count"]:
         """Return integers k with probability proportional to exp(-k^2 / (2 stddev^2)).
@@ -74,7 +76,7 @@ class NoiseSource:
         at_once = max(1, -(-count // blocks))
         for start in range(0, count, at_once):
             part = numbers[start : start + at_once]
-            bits = self._stream.update(bytes(2 * plan.draws * part.size))
+            bits = self._bytes(2 * plan.draws * part.size)
             prefixes = np.frombuffer(bits, dtype="<u2").reshape(plan.draws, part.size)
             samples(plan, prefixes, self._words, part)
         return numbers
@@ -97,4 +99,11 @@ class NoiseSource:
         return rows[order]
 
     def _words(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
-        return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
+        return np.frombuffer(self._bytes(8 * count), dtype="<u8")
+
+    def _bytes(self, count: int) -> bytes:
+        if count > self._left:
+            next_key = self._stream.update(bytes(KEY_BYTES))
+            self._stream, self._left = key_stream(next_key), MOST_BYTES - KEY_BYTES
+        self._left -= count
+        return self._stream.update(bytes(count))

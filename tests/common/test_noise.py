@@ -98,6 +98,23 @@ class TestKnownAnswers:
         expected = sorted(chosen, key=lambda row: words[row])
         assert NoiseSource(key).sampled(20, 0.3).tolist() == expected
 
+    def test_a_key_is_followed_by_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before a key's counter would repeat; what is asked for at once has one key."""
+        key = bytes(range(32))
+        monkeypatch.setattr("common.noise.MOST_BYTES", 200)
+        source = NoiseSource(key)
+        found = [source._words(count).tobytes() for count in (8, 13, 5, 21, 1)]
+        first = keystream(key, 200)
+        second = keystream(first[168:], 200)
+        third = keystream(second[40:72], 200)
+        assert found == [
+            first[:64],
+            first[64:168],
+            second[:40],
+            third[:168],
+            keystream(third[168:], 8),
+        ]
+
     def test_stream_goes_on(self) -> None:
         """A second draw continues the stream; nothing is drawn twice."""
         source = NoiseSource(bytes(32))
