@@ -1,4 +1,4 @@
-"""Choose start, learning rate, rounds, clip norm, averaging and family on synthetic customers only.
+"""Choose start, width, learning rate, rounds, clip norm, averaging on synthetic customers only.
 
 The defaults of `common.contract.Training` and the shipped contracts come from here; no real
 customer was looked at. Every candidate is trained in one place with exactly the noise that the
@@ -34,15 +34,15 @@ from simulations.scores import scores_of
 
 GRID: dict[str, dict[str, list[Any]]] = {
     "distributed": {
-        "family": ["mlp", "linear"],
+        "hidden": [None, 32, 128],
         "rounds": [30, 60, 100],
         "clip_norm": [0.5, 1.0, 2.0],
-        "learning_rate": [0.03, 0.1, 0.2, 0.3],
+        "learning_rate": [0.01, 0.03, 0.1, 0.2, 0.3],
         "averaging": [0.0, 0.9],
         "warm": [False, True],
     },
     "local": {
-        "family": ["mlp", "linear"],
+        "hidden": [None, 32, 128],
         "rounds": [30, 60, 100],
         "clip_norm": [0.5, 1.0, 2.0],
         "learning_rate": [0.01, 0.03, 0.1, 0.2],
@@ -50,16 +50,23 @@ GRID: dict[str, dict[str, list[Any]]] = {
         "warm": [False, True],
     },
     "alone": {
-        "family": ["mlp", "linear"],
+        "hidden": [None, 32, 128],
         "rounds": [25, 50, 100, 200],
         "learning_rate": [0.003, 0.01, 0.03, 0.1],
+        "warm": [False, True],
     },
     "pooled": {
-        "family": ["mlp", "linear"],
-        "rounds": [100, 200, 400],
-        "learning_rate": [0.01, 0.03, 0.1],
+        "hidden": [None, 32, 128],
+        "rounds": [25, 50, 100, 200, 400],
+        "learning_rate": [0.003, 0.01, 0.03, 0.1],
+        "warm": [False, True],
     },
 }
+
+
+def _model(hidden: int | None) -> dict[str, Any]:
+    """Return one hidden layer of a width, or a linear model."""
+    return {"family": "linear"} if hidden is None else {"family": "mlp", "hidden": [hidden]}
 
 
 @lru_cache(maxsize=8)
@@ -81,10 +88,10 @@ def _data(preset: str, merchants: int, extra: int, seed: int) -> tuple[Contract,
 
 
 @lru_cache(maxsize=4)
-def _start(preset: str, merchants: int, extra: int, family: str) -> Any:
+def _start(preset: str, merchants: int, extra: int, hidden: int | None) -> Any:
     """Return parameters to start from; they depend on the contract's features and model alone."""
     contract, _ = _data(preset, merchants, extra, 0)
-    return pretrained(contract.revised(model={"family": family})).parameters
+    return pretrained(contract.revised(model=_model(hidden))).parameters
 
 
 def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[
     training = {"rounds": candidate["rounds"], "learning_rate": candidate["learning_rate"]}
     training["averaging"] = candidate.get("averaging", 0.0)
     contract = contract.revised(
-        model={"family": candidate["family"]},
+        model=_model(candidate["hidden"]),
         training=training,
         privacy={
             "clip_norm": candidate.get("clip_norm", 1.0),
@@ -105,7 +112,7 @@ def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[
     )
     first = None
     if candidate.get("warm"):
-        first = _start(preset, count, extra, candidate["family"])
+        first = _start(preset, count, extra, candidate["hidden"])
     groups = [[stack] for stack in merchants] if what == "alone" else [merchants]
     labels, probabilities = [], []
     for number, group in enumerate(groups):

@@ -39,10 +39,16 @@ PLAIN_POOLED = {
     "linear": Training(rounds=400, learning_rate=0.1, averaging=0.0),
     "mlp": Training(rounds=100, learning_rate=0.03, averaging=0.0),
 }
+# The same from trained parameters.
+STARTED_ALONE = dict.fromkeys(PLAIN_ALONE, Training(rounds=25, learning_rate=0.003, averaging=0.0))
+STARTED_POOLED = {
+    **PLAIN_POOLED,
+    "mlp": Training(rounds=50, learning_rate=0.003, averaging=0.0),
+}
 _NO_CLIPPING = 1e12
 _STARTED = (
     "Every method starts from the parameters that the contract names, which were trained on no "
-    "customer of these; 'pooled' without privacy starts from nothing, which is better for it."
+    "customer of these."
 )
 _SIZE_GROUPS = 3
 
@@ -133,9 +139,7 @@ def _answers(
     start = question.dataset.start
     yield "alone", None, _alone(contract, merchants, start, private=False)
     on_step(f"{where}: all customers in one place")
-    # with so many customers a start brings nothing: its settings were chosen without one
-    cold = contract.revised(model={"start": None})
-    yield "pooled", None, _pooled(cold, merchants, None, private=False)
+    yield "pooled", None, _pooled(contract, merchants, start, private=False)
     for epsilon in question.epsilons:
         private = contract.revised(privacy={"epsilon": epsilon})
         on_step(f"{where}: every merchant alone, epsilon {epsilon:g}")
@@ -170,13 +174,14 @@ def _alone(
     """Train one model a merchant on its own customers; each scores its own held-out ones."""
     network = network_of(contract)
     result = np.zeros((len(merchants.y), network.dims[-1]))
+    plain = PLAIN_ALONE if contract.model.start is None else STARTED_ALONE
     for merchant in range(merchants.count):
         rows, test = (merchants.rows(merchant, test=t) for t in (False, True))
         theta = train_centrally(
             contract,
             merchants.x[rows],
             merchants.y[rows],
-            PLAIN_ALONE[contract.model.family],
+            plain[contract.model.family],
             private=private,
             start=start,
         )
@@ -189,11 +194,12 @@ def _pooled(
 ) -> Float[np.ndarray, "T S"]:
     """Train one model on all customers in one place, which nobody would allow."""
     train = ~merchants.test
+    plain = PLAIN_POOLED if contract.model.start is None else STARTED_POOLED
     theta = train_centrally(
         contract,
         merchants.x[train],
         merchants.y[train],
-        PLAIN_POOLED[contract.model.family],
+        plain[contract.model.family],
         private=private,
         start=start,
     )
