@@ -60,7 +60,12 @@ def contract(dataset: Dataset, secure: bool) -> Contract:
         federation={"round_timeout_s": 0.02},
         model={"family": "linear"},
         training={"rounds": 1},
-        aggregation={"min_survivors": 3, "secure": secure, "max_customers": 1_000_000},
+        aggregation={
+            "min_survivors": 3,
+            "secure": secure,
+            "max_customers": 1_000_000,
+            "ring_bits": 32,
+        },
     )
 
 

@@ -631,6 +631,7 @@ def test_an_answer_is_read_as_it_was_packed(
     federate: Federate, contract: Contract, run_over_grid: RunOverGrid
 ) -> None:
     """The parts of a sum are the merchants' vectors, in the unit of the sum."""
+    contract = contract.revised(aggregation={"ring_bits": 32})
     sent: dict[str, np.ndarray] = {}
 
     def tamper(message: Message, number: int, honest: Answer) -> Message:
