@@ -51,14 +51,14 @@ GRID: dict[str, dict[str, list[Any]]] = {
     },
     "alone": {
         "hidden": [None, 32, 128],
-        "rounds": [25, 50, 100, 200],
-        "learning_rate": [0.003, 0.01, 0.03, 0.1],
+        "rounds": [10, 25, 50, 100, 200],
+        "learning_rate": [0.001, 0.003, 0.01, 0.03, 0.1],
         "warm": [False, True],
     },
     "pooled": {
         "hidden": [None, 32, 128],
         "rounds": [25, 50, 100, 200, 400],
-        "learning_rate": [0.003, 0.01, 0.03, 0.1],
+        "learning_rate": [0.001, 0.003, 0.01, 0.03, 0.1],
         "warm": [False, True],
     },
 }

@@ -40,7 +40,7 @@ from common.noise_loops import add_multiple, look_up, settle
 
 MIN_STDDEV = 20.0  # below this, sums of samples are no longer as good as one Gaussian
 MAX_STDDEV = 2.0**48  # the largest sample, 37 of it, fits into int64 800 times
-_LARGEST_TABLE = 512  # parameter up to which one table does
+_LARGEST_TABLE = 512  # parameter up to which one table does; three times its reach fits into int16
 _SMALLEST_BASE = 256  # parameter that a table in a plan with multipliers has at least
 _SMOOTHING = 4  # s3 of the module's docstring
 _STEPS = 2**32  # table parameters are multiples of 1 / _STEPS

@@ -20,7 +20,7 @@ from common.network import MAX_PARAMETER, initial_parameters, network_of
 
 SUFFIX = ".start"
 START = f"contract{SUFFIX}"  # beside `contract.toml`
-LEARNING_RATE = 0.01  # from a good start; 0.1 undoes most of it (docs/performance.md)
+LEARNING_RATE = 0.01  # from a good start; 0.1 undoes most of it (benchmarks/defaults.py)
 _BYTES = 8
 
 

@@ -103,7 +103,7 @@ class Spread:
 class ComparisonRow:
     """One method at one epsilon."""
 
-    method: str  # majority | last-period | alone | distributed | local | pooled
+    method: str  # majority | last-period | start | alone | distributed | local | pooled
     epsilon: float | None  # None: no privacy
     accuracy: Spread
     macro_f1: Spread

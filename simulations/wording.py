@@ -16,12 +16,13 @@ NOTHING = "–"  # noqa: RUF001
 METHODS = {
     "majority": "Most common segment",
     "last-period": "Same as last period",
+    "start": "The start unchanged",
     "alone": "Each merchant alone",
     "distributed": "Together, shared noise",
     "local": "Together, own noise",
     "pooled": "All rows in one place",
 }
-RULES = frozenset({"majority", "last-period"})  # no model is trained, so nothing is spent
+RULES = frozenset({"majority", "last-period", "start"})  # nothing is trained, nothing is spent
 AGREEMENT = 1.02  # a second opinion above the first by more than this is worth a warning
 _REORDERING = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e")
 _ISOLATING = frozenset("\u2066\u2067\u2068\u2069")
@@ -243,13 +244,17 @@ def verdict(comparison: Comparison) -> list[str]:
         return ["Private-together was not measured, so there is nothing to weigh it against."]
     alone = _without_privacy(comparison.rows, "alone")
     free = _without_privacy(comparison.rows, "last-period")
-    sentences = []
-    for row in sorted(together, key=lambda row: row.epsilon or 0.0):
-        if alone is not None:
-            rival = "merchants alone without privacy"
-            sentences.append(_weigh(row, alone, rival, comparison.seeds))
-        if free is not None:
-            sentences.append(_weigh(row, free, 'the free rule "last-period"', comparison.seeds))
+    rivals = (
+        (alone, "merchants alone without privacy"),
+        (free, 'the free rule "last-period"'),
+        (_without_privacy(comparison.rows, "start"), "the start unchanged"),
+    )
+    sentences = [
+        _weigh(row, other, rival, comparison.seeds)
+        for row in sorted(together, key=lambda row: row.epsilon or 0.0)
+        for other, rival in rivals
+        if other is not None
+    ]
     if alone is None:
         sentences.append("Merchants alone without privacy were not measured.")
     if free is None:

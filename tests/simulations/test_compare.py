@@ -233,6 +233,18 @@ def test_without_last_periods_segments_the_rule_is_left_out(
     assert [row.method for row in found.rows] == ["majority", "alone", "pooled"]
 
 
+def test_a_start_is_told_unchanged_and_everything_open_goes_on_from_it() -> None:
+    """It has a row of its own, and a few careful steps on many customers do not lose to it."""
+    warm = load("synthetic", preset="small", merchants=20, warm=True, plain=True)
+    found = compare(Question(warm, warm.contract, (), 1), lambda _step: None)
+    methods = ["majority", "last-period", "start", "alone", "pooled"]
+    assert [(r.method, r.epsilon) for r in found.rows] == [(name, None) for name in methods]
+    start, pooled = row(found, "start"), row(found, "pooled")
+    assert start.accuracy.mean > row(found, "majority").accuracy.mean + 0.1
+    assert pooled.auc.mean > start.auc.mean
+    assert any("'start' is what they tell" in note for note in found.notes)
+
+
 @pytest.mark.slow
 def test_a_local_contract_with_sampling_can_be_compared(
     dataset: Dataset, contract: Contract

@@ -15,7 +15,7 @@ from common.accounting import person_table
 from common.errors import HansaError
 from simulations.report import highlights, verdict, write_comparison, write_report
 from simulations.result import Comparison, ComparisonRow, SimulationResult, Spread
-from simulations.wording import epsilon_text
+from simulations.wording import epsilon_text, method_name
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -375,6 +375,16 @@ class TestVerdict:
         told = verdict(_with(shop_comparison, "distributed", 1.0, 0.45))
         assert "does not beat merchants alone without privacy and is 6.1" in told[2]
         assert 'does not beat the free rule "last-period" and is 9.4' in told[3]
+
+    def test_a_start_is_a_rival(self, shop_comparison: Comparison) -> None:
+        """What is there before anything is learned is weighed like the other free rule."""
+        alone = next(r for r in shop_comparison.rows if r.method == "alone")
+        start = replace(alone, method="start", accuracy=Spread(0.6, 0.004))
+        told = verdict(replace(shop_comparison, rows=(*shop_comparison.rows, start)))
+        assert told[2].startswith(
+            "At epsilon 0.5, private-together does not beat the start unchanged and is 5.2"
+        )
+        assert method_name(start) == "The start unchanged"
 
     def test_one_seed(self, shop_comparison: Comparison) -> None:
         """One seed shows differences, and says that chance is not known."""
