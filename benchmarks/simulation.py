@@ -8,8 +8,8 @@ rows, first model and learning rates everywhere; one thread for mathematics. DP-
 noise of about 1 in our rows and with Opacus (true Poisson batches); pfl clips updates and adds
 noise to the sum; FedJAX, BlazeFL and the plain loop are not private.
 
-Ours has several rows, since a run of ours has no sampling of merchants: everybody who takes part
-does so in every round.
+A run of ours has no sampling of merchants: everybody who takes part does so in every round. So ours
+has rows for a run and for the training alone.
 
 - `ours` is the in-process engine with all that a run has (Flower's messages, charged ledgers,
   the witness; sums are plain). Its federation is the 20 merchants of the first cohort, and the
@@ -226,26 +226,26 @@ def _row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(found: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) -> dict[str, Any]:
-    """Return rows and ratios."""
+    """Return rows and by_turn."""
     cpu = {n: [statistics.median(run["cpu_s"]) for run in runs] for n, runs in found.items()}
-    ratios: dict[str, list[float]] = {}
+    by_turn: dict[str, list[float]] = {}
     for ours, prefix in (("ours", ""), ("ours_core", "core_")):
         for name, theirs in cpu.items():
             if ours in cpu and not SYSTEMS[name].own:
                 pairs = zip(cpu[ours], theirs, strict=True)
-                ratios[f"{prefix}cpu_ratio_to_{name}"] = [own / their for own, their in pairs]
+                by_turn[f"{prefix}cpu_ratio_to_{name}"] = [own / their for own, their in pairs]
     if {"ours", "ours_core_alike"} <= cpu.keys():
         pairs = zip(cpu["ours"], cpu["ours_core_alike"], strict=True)
-        ratios["engine_overhead"] = [own / core - 1 for own, core in pairs]
+        by_turn["engine_overhead"] = [own / core - 1 for own, core in pairs]
     if {"ours", "ours_masked"} <= cpu.keys():
         pairs = zip(cpu["ours"], cpu["ours_masked"], strict=True)
-        ratios["secure_sums_cpu_s"] = [masked - plain for plain, masked in pairs]
+        by_turn["secure_sums_cpu_s"] = [masked - plain for plain, masked in pairs]
     rows = {name: _row(name, runs) for name, runs in found.items()}
     own = {name: rows["ours"][name]["median"] for name in ("first_round_s", "peak_mib")}
     return {
-        **{name: statistics.median(values) for name, values in ratios.items()},
+        **{name: statistics.median(values) for name, values in by_turn.items()},
         **own,
-        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
+        "spread": {name: [min(values), max(values)] for name, values in by_turn.items()},
         "systems": rows,
         "left_out": left_out,
     }
