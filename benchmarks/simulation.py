@@ -226,7 +226,7 @@ def _row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(found: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) -> dict[str, Any]:
-    """Return rows and by_turn."""
+    """Return rows and what compares them."""
     cpu = {n: [statistics.median(run["cpu_s"]) for run in runs] for n, runs in found.items()}
     by_turn: dict[str, list[float]] = {}
     for ours, prefix in (("ours", ""), ("ours_core", "core_")):
