@@ -7,7 +7,7 @@
   first cohort, and these merchants take part in every round.
 - `engine-masked`: the same with secure sums.
 - `core`: `clients.local_steps.local_updates` alone, on the cohorts that the workload chooses;
-  each round reads its merchants' memory-mapped rows.
+  each round reads its merchants' rows.
 - `core-alike`: the same on what `engine` trains on: the same merchants, with tables that are made
   once, so that the difference is what the engine costs.
 """
@@ -107,7 +107,7 @@ def core(work: Workload, contract: Contract, meter: Meter, *, alike: bool) -> np
     kernel = Kernel(network, "float32")
 
     def tables_of(cohort: Sequence[int]) -> list[Table]:
-        return [kernel.table(np.asarray(work.x[k]), np.asarray(work.y[k])) for k in cohort]
+        return [kernel.table(work.x[k], work.y[k]) for k in cohort]
 
     tables = tables_of(work.cohorts[0])
     for cohort in work.cohorts:

@@ -16,11 +16,35 @@ import numpy as np
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
+class Rows:
+    """An array on disk, of which one merchant's part is read at a time.
+
+    Not memory-mapped: how much around such a part counts as memory is the kernel's choice.
+
+    Attributes:
+        shape: Of the whole; merchants first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        whole = np.load(path, mmap_mode="r")
+        self._path, self._start, self._dtype = path, whole.offset, whole.dtype
+        self.shape = whole.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, merchant: int) -> np.ndarray:
+        part = self.shape[1:]
+        count = int(np.prod(part))
+        start = self._start + int(merchant) * count * self._dtype.itemsize
+        return np.fromfile(self._path, self._dtype, count, offset=start).reshape(part)
+
+
 class Workload:
     """The files of one workload.
 
     Attributes:
-        x, y: Customers of each merchant, [M, R, F] float32 and [M, R] int64, memory-mapped.
+        x, y: Customers of each merchant, [M, R, F] float32 and [M, R] int64.
         layers: Weights [out, in] and bias [out] of each layer of the first model, float32.
         cohorts: The merchants of each round, [rounds, K].
         batch, learning_rate, clip_norm, noise_multiplier: Of a merchant's own steps.
@@ -33,8 +57,8 @@ class Workload:
         self.learning_rate = float(settings["learning_rate"])
         self.clip_norm = float(settings["clip_norm"])
         self.noise_multiplier = float(settings["noise_multiplier"])
-        self.x = np.load(self.folder / "x.npy", mmap_mode="r")
-        self.y = np.load(self.folder / "y.npy", mmap_mode="r")
+        self.x = Rows(self.folder / "x.npy")
+        self.y = Rows(self.folder / "y.npy")
         self.cohorts = np.load(self.folder / "cohorts.npy")
         first = np.load(self.folder / "first.npz")
         self.layers = [(first[f"w{n}"], first[f"b{n}"]) for n in range(len(first) // 2)]
