@@ -18,19 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from benchmarks.peers.workload import Meter, Workload
 from clients.kernel import Kernel, Table
 from clients.local_steps import Task, local_updates
-from clients.table import is_held_out
+from clients.worker import Customers
 from common.contract import Contract, parse_contract
 from common.network import Network, initial_parameters, network_of
 from common.noise import NoiseSource
 from common.plan import plan_of
-from simulations.datasets import Dataset
-from simulations.federation import assemble
-from simulations.run import run_rounds
+from simulations.members import made_federation
+from simulations.rounds import run_rounds
 
 _HELD_OUT = 0.04  # customers a merchant keeps for evaluation, beside those it trains on
 
@@ -67,24 +65,20 @@ def contract_of(work: Workload, epsilon: float, *, secure: bool = False) -> Cont
     )
 
 
-def dataset_of(work: Workload, contract: Contract) -> Dataset:
-    """Return the first cohort's tables: exactly the workload's rows are trained on."""
-    names, training = np.array(contract.segments.names), contract.training
-    some = [f"c{n}" for n in range(2 * work.rows + 100)]
-    held_out = is_held_out(some, training)
-    kept = [name for name, held in zip(some, held_out, strict=True) if not held][: work.rows]
-    tested = [name for name, held in zip(some, held_out, strict=True) if held]
-    tested = tested[: round(work.rows * _HELD_OUT)]
-    test_x = np.load(work.folder / "test_x.npy")[: len(tested)]
-    test_y = np.load(work.folder / "test_y.npy")[: len(tested)]
-    tables = {}
-    for merchant in work.cohorts[0]:
-        rows = np.concatenate([work.x[merchant], test_x]).astype(float)
-        table = pd.DataFrame(rows, columns=[feature.name for feature in contract.features])
-        table["segment"] = names[np.concatenate([work.y[merchant], test_y])]
-        table["customer"] = table["person"] = kept + tested
-        tables[f"m{merchant:04d}"] = table
-    return Dataset("benchmark", "benchmark", "benchmark", "", "", contract, tables)
+def customers_of(work: Workload) -> dict[str, Customers]:
+    """Return the first cohort's customers: exactly the workload's rows are trained on."""
+    tested = round(work.rows * _HELD_OUT)
+    test_x = np.load(work.folder / "test_x.npy")[:tested]
+    test_y = np.load(work.folder / "test_y.npy")[:tested]
+    held_out = np.arange(work.rows + tested) >= work.rows
+    return {
+        f"m{merchant:04d}": Customers(
+            np.concatenate([work.x[merchant], test_x]).astype(float),
+            np.concatenate([work.y[merchant], test_y]),
+            held_out,
+        )
+        for merchant in work.cohorts[0]
+    }
 
 
 def layers_of(network: Network, theta: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -96,7 +90,7 @@ def engine(work: Workload, contract: Contract, meter: Meter) -> np.ndarray:
     """Carry out a run; return the model."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        federation = assemble(dataset_of(work, contract), contract, place, None)
+        federation = made_federation("benchmark", customers_of(work), contract, place, None)
         return run_rounds(federation, place, lambda _: meter.mark()).parameters
 
 

@@ -180,6 +180,16 @@ class Worker:
 
             prepare(self._network)
 
+    @property
+    def customers(self) -> int:
+        """Return how many customers there are; known to this merchant only."""
+        return len(self._everyone)
+
+    @property
+    def training_customers(self) -> int:
+        """Return how many of them are trained on; known to this merchant only."""
+        return len(self._train[1])
+
     def get_going(self) -> None:
         """Let everything be compiled that the first answers would wait for; seconds, once.
 

@@ -27,7 +27,7 @@ from server.optimizers import Optimizer
 from simulations.datasets import Dataset
 from simulations.federation import assemble, public_delta, tables_of, training_customers
 from simulations.result import Comparison, ComparisonRow, Spread
-from simulations.run import run_rounds
+from simulations.rounds import run_rounds
 from simulations.scores import Scores, scores_of
 
 # Full-batch Adam without clipping, chosen on synthetic customers (benchmarks/defaults.py).

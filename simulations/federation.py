@@ -1,90 +1,23 @@
 """The merchants of a simulation: from a built-in data set, or from a folder on disk."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from clients.joining import customers_of, open_worker
 from clients.merchant import Columns, read_merchant
-from clients.secure_party import SecureParty
-from clients.session_store import FileStore, MemoryStore, SessionStore
 from clients.table import CustomerTable, make_table
-from clients.worker import Customers, Worker, os_noise, seeded_noise
-from common.budget import Budget
+from clients.worker import Worker
 from common.contract import Contract, read_contract
 from common.errors import DataError
-from common.identity import Identity, Members, read_members
-from common.ledger import Ledger
-from common.start import read_start, starting_parameters
-from server.archive import make_archive
+from common.identity import read_members
+from common.start import read_start
 from simulations.datasets import Dataset
+from simulations.members import Federation, Member, made_federation
 
-SESSION = "session.sealed"  # beside the ledger, where a made merchant's session is in a file
 _COLUMNS = Columns(customer="customer", person="person")
-
-
-@dataclass(frozen=True)
-class Member:
-    """One simulated merchant: its table, and the worker that speaks for it."""
-
-    merchant: str
-    table: CustomerTable
-    worker: Worker
-    min_cohort: int  # of its own policy
-    elsewhere: Callable[[], Worker]  # picklable: makes the worker again, in another process
-
-
-@dataclass(frozen=True)
-class Federation:
-    """All merchants of a simulation, under one contract."""
-
-    data: str
-    contract: Contract
-    members: tuple[Member, ...]
-    enrolled: Members
-    seed: int | None
-    notes: tuple[str, ...]
-    server: Path  # the coordinator's own folder
-    durable: bool = True  # false where the merchants exist in this simulation alone
-    start: bytes | None = None  # the parameters that the contract names, if it does
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """All that the worker of a made merchant is made of; any process can make it again."""
-
-    merchant: str
-    contract: Contract
-    customers: Customers
-    folder: Path  # of the ledger, absolute: other processes may be at home elsewhere
-    private: bytes = field(repr=False)
-    enrolled: Members
-    seed: int | None
-
-    def worker(self, *, in_memory: bool = False) -> Worker:
-        """Return the worker; between two messages it keeps its session in memory, or in a file."""
-        contract = self.contract
-        identity = Identity.of(self.merchant, self.private)
-        store: SessionStore = MemoryStore()
-        if not in_memory:
-            store = FileStore(self.folder / SESSION, identity)
-        return Worker(
-            self.merchant,
-            contract,
-            self.customers,
-            Ledger(
-                self.folder / "ledger.sqlite",
-                Budget(contract.privacy.epsilon, contract.privacy.delta),
-                identity,
-                self.enrolled.witness,
-                durable=False,
-            ),
-            accept_unmasked_sums=not contract.aggregation.secure,
-            secure=SecureParty(identity, self.enrolled, contract.min_survivors, store),
-            noise_for=os_noise if self.seed is None else seeded_noise(self.seed, self.merchant),
-        )
 
 
 def tables_of(dataset: Dataset, contract: Contract) -> dict[str, CustomerTable]:
@@ -125,46 +58,10 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
     Raises:
         ContractError: The data set does not hold the parameters that the contract starts from.
     """
-    starting_parameters(contract, dataset.start, f"{dataset.name}, what it starts from")
     tables = tables_of(dataset, contract)
-    identities = {merchant: Identity.generate(merchant) for merchant in tables}
-    keys = {merchant: identity.public for merchant, identity in identities.items()}
-    enrolled = Members(keys, make_archive(folder / "server").public)
-    seats = [
-        _Seat(
-            merchant,
-            contract,
-            customers_of(table, contract),
-            (folder / "merchants" / merchant).absolute(),
-            identities[merchant].key.private_bytes_raw(),
-            enrolled,
-            seed,
-        )
-        for merchant, table in tables.items()
-    ]
-    members = tuple(
-        Member(
-            seat.merchant,
-            tables[seat.merchant],
-            seat.worker(in_memory=True),
-            contract.min_survivors,
-            seat.worker,
-        )
-        for seat in seats
-    )
-    notes = (dataset.provenance,)
-    server = folder / "server"
-    return Federation(
-        dataset.name,
-        contract,
-        members,
-        enrolled,
-        seed,
-        notes,
-        server,
-        durable=False,
-        start=None if contract.model.start is None else dataset.start,
-    )
+    customers = {merchant: customers_of(table, contract) for merchant, table in tables.items()}
+    made = made_federation(dataset.name, customers, contract, folder, seed, dataset.start)
+    return replace(made, notes=(dataset.provenance,), tables=tables)
 
 
 def open_federation(folder: Path) -> Federation:
@@ -192,7 +89,6 @@ def open_federation(folder: Path) -> Federation:
     members = tuple(
         Member(
             o.worker.merchant,
-            o.table,
             o.worker,
             read_merchant(path).policy.min_cohort,
             partial(_reopened, path.absolute()),
@@ -202,7 +98,10 @@ def open_federation(folder: Path) -> Federation:
     seeds = {o.seed for o in opened if o.seed is not None}
     enrolled, seed = read_members(folder / "members.toml"), min(seeds, default=None)
     own = folder / "server"
-    return Federation(str(folder), contract, members, enrolled, seed, (), own, start=start)
+    tables = {o.worker.merchant: o.table for o in opened}
+    return Federation(
+        str(folder), contract, members, enrolled, seed, (), own, start=start, tables=tables
+    )
 
 
 def _reopened(path: Path) -> Worker:

@@ -7,35 +7,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from flwr.app import Context, RecordDict
-from flwr.serverapp import ServerApp
 
 from audit.epsilon import DP_ACCOUNTING, OPACUS, opinions
-from clients.app import create_app as create_client_app
 from clients.assignment import write_assignments
 from clients.batches import in_batches
 from clients.evidence import Books, write_books
-from clients.worker import Worker
 from common import statements
 from common.accounting import PRV_ERROR, assess, epsilon
 from common.budget import Charge, RunAccount
 from common.bundle import read_bundle
-from common.contract import Contract, contract_toml
 from common.errors import AccountingError, DataError, RunError
 from common.events import Event, merged, to_document
-from common.identity import write_members
 from common.ledger_entries import read_ledger
 from common.start import START
-from server.app import create_app as create_server_app
 from server.archive import Archive, open_archive
 from server.evidence import coordinator_evidence
 from server.outcome import NoisySum, Outcome, RoundReport
 from server.publishing import accuracy_of, epsilon_by_stage, publish
-from simulations.engines import COHORT, Computing, running
-from simulations.federation import SESSION, Federation, Member, training_customers
-from simulations.grid import FIRST_NODE, Fault, run_in_process
+from simulations.engines import COHORT, Computing
+from simulations.grid import FIRST_NODE, Fault
+from simulations.members import SESSION, Federation, Member
 from simulations.result import (
     Achieved,
     Collusion,
@@ -44,6 +35,7 @@ from simulations.result import (
     SegmentRecord,
     SimulationResult,
 )
+from simulations.rounds import run_rounds
 
 _OWN_NAMES = frozenset(
     {
@@ -124,7 +116,7 @@ def simulate(
     """
     began = time.monotonic()
     contract = federation.contract
-    if not training_customers([member.table for member in federation.members]):
+    if not any(member.worker.training_customers for member in federation.members):
         raise DataError(
             f"{federation.data}: no merchant has a customer with a known segment to train on; is "
             f"segments.column = '{contract.segments.column}' right?"
@@ -178,83 +170,6 @@ def simulate(
     )
 
 
-def run_rounds(
-    federation: Federation,
-    out: Path,
-    on_round: Callable[[RoundReport], None],
-    fault: Fault | None = None,
-    computing: Computing = COHORT,
-) -> Outcome:
-    """Carry out the contract through Flower, publish nothing.
-
-    Raises:
-        RunError: Too few merchants take part or answer.
-        ValueError: Faults are for engines whose messages this process carries.
-    """
-    if fault is not None and computing.engine == "ray":
-        raise ValueError("expected no fault with the engine ray, whose messages Flower carries")
-    outcomes: list[Outcome] = []
-    (out / "contract.toml").write_text(contract_toml(federation.contract), encoding="utf-8")
-    if federation.start is not None:
-        (out / START).write_bytes(federation.start)
-    write_members(federation.enrolled, out / "members.toml")
-
-    def finish(outcome: Outcome, _contract: Contract, _folder: Path, _archive: Archive) -> None:
-        outcomes.append(outcome)
-
-    def worker_of(context: Context) -> Worker:
-        return federation.members[int(context.node_config["partition-id"])].worker
-
-    server_app = create_server_app(on_round, finish)
-    run_config = {
-        "contract": str(out / "contract.toml"),
-        "out": str(out / "bundle"),
-        "server": str(federation.server),
-        "durable": federation.durable,
-    }
-    if computing.engine == "ray":
-        _run_in_ray(federation, server_app, run_config, computing.processes)
-        return outcomes[0]
-    workers = [member.worker for member in federation.members]
-    with running(computing.engine, workers, computing.processes) as answers:
-
-        def together(
-            kind: str, asked: list[tuple[Context, RecordDict]]
-        ) -> list[Callable[[], RecordDict]]:
-            merchants = [int(context.node_config["partition-id"]) for context, _ in asked]
-            contents = [content for _, content in asked]
-            return answers(kind, list(zip(merchants, contents, strict=True)))
-
-        run_in_process(
-            server_app,
-            create_client_app(worker_of),
-            len(federation.members),
-            run_config,
-            fault,
-            together,
-        )
-    return outcomes[0]
-
-
-def _run_in_ray(
-    federation: Federation, server_app: ServerApp, run_config: dict[str, Any], processes: int
-) -> None:
-    """Run in Flower's own engine; sessions of merchants that were made are not left behind."""
-    from simulations.ray_engine import run_in_ray
-
-    for member in federation.members:
-        member.worker.ledger.close()
-    try:
-        run_in_ray(
-            server_app, [member.elsewhere for member in federation.members], run_config, processes
-        )
-    finally:
-        if not federation.durable:
-            for member in federation.members:
-                for path in member.worker.ledger.path.parent.glob(f"*{SESSION}*"):
-                    path.unlink()
-
-
 def _round_record(report: RoundReport, segments: int) -> RoundRecord:
     accuracy = None
     if report.evaluation is not None:
@@ -272,8 +187,8 @@ def _round_record(report: RoundReport, segments: int) -> RoundRecord:
 def _assign_everywhere(federation: Federation, out: Path) -> None:
     """Let every merchant assign its own customers, also those that refused to train."""
     bundle = read_bundle(out / "bundle")
-    for member in federation.members:
-        write_assignments(bundle, in_batches(member.table), out / "merchants" / member.merchant)
+    for merchant, table in federation.tables.items():
+        write_assignments(bundle, in_batches(table), out / "merchants" / merchant)
 
 
 def _write_evidence(federation: Federation, archive: Archive, run: str, folder: Path) -> None:
@@ -391,7 +306,7 @@ def _merchant_record(
     accuracy = _own_accuracy(member, outcome.evaluations[-1])
     return MerchantRecord(
         id=member.merchant,
-        customers=len(member.table.labels),
+        customers=member.worker.customers,
         epsilon=epsilon([charge.event for charge in charged], delta),
         epsilon_server=epsilon([charge.towards_server for charge in charged], delta),
         accuracy=accuracy[0] if accuracy else None,

@@ -31,7 +31,7 @@ LIBRARIES = {
         "simulations/engines.py",
         "simulations/grid.py",
         "simulations/ray_engine.py",
-        "simulations/run.py",
+        "simulations/rounds.py",
     },
     "ray": {"simulations/ray_engine.py"},
     "numba": {"clients/kernel_loops.py", "common/compiled.py"},
@@ -74,7 +74,6 @@ LIBRARIES = {
         "server/publishing.py",
         "server/readiness.py",
         "server/secure_sum.py",
-        "simulations/run.py",
     },
 }
 MODULES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))

@@ -21,7 +21,7 @@ from hansa.commands.choose import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from simulations.federation import Federation
+    from simulations.members import Federation
     from simulations.result import RoundRecord
 
 

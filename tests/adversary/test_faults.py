@@ -20,7 +20,8 @@ from common.contract import Contract
 from common.errors import RunError
 from common.ledger import Ledger
 from simulations.datasets import Dataset, load
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
+from simulations.members import Federation
 from simulations.result import SimulationResult
 from simulations.run import simulate
 from tests.witnessed import charges_of, entries_of

@@ -27,8 +27,9 @@ from server.archive import open_archive
 from server.coordinator import Coordinator
 from server.outcome import Outcome
 from simulations.datasets import Dataset, load
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import InProcessGrid
+from simulations.members import Federation
 from tests.wire_fields import closed, opened
 from tests.witnessed import charges_of, entries_of
 

@@ -34,8 +34,9 @@ from common.streams import KEY_BYTES
 from common.wire import Advertise, Confirm, pack
 from server.secure_sum import CoordinatorSession
 from simulations.datasets import load
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import FIRST_NODE, InProcessGrid
+from simulations.members import Federation
 from simulations.run import simulate
 from tests.adversary.secure_world import (
     Server,

@@ -11,7 +11,8 @@ from common.errors import RunError
 from server.outcome import Outcome
 from simulations import run as running
 from simulations.datasets import Dataset, load
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
+from simulations.members import Federation
 from simulations.result import SimulationResult
 
 Change = Callable[[Outcome], object]

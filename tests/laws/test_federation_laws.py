@@ -26,7 +26,7 @@ from common.network import Network
 from common.noise import NoiseSource
 from simulations.datasets import load
 from simulations.federation import assemble
-from simulations.run import run_rounds
+from simulations.rounds import run_rounds
 
 networks = st.builds(
     Network,

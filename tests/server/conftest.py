@@ -17,8 +17,9 @@ from server.archive import open_archive
 from server.coordinator import Coordinator
 from server.outcome import Outcome, RoundReport
 from simulations.datasets import Dataset, load
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import Fault, InProcessGrid
+from simulations.members import Federation
 
 MERCHANTS = 5
 
@@ -85,7 +86,7 @@ def federate(dataset: Dataset, tmp_path: Path) -> Federate:
             worker = Worker(
                 member.merchant,
                 contract,
-                customers_of(member.table, contract),
+                customers_of(federation.tables[member.merchant], contract),
                 ledger,
                 accept_unmasked_sums=True,
                 secure=party,

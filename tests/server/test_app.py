@@ -24,8 +24,9 @@ from server.archive import open_archive
 from server.coordinator import Coordinator
 from server.evidence import coordinator_evidence
 from simulations.datasets import Dataset
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import InProcessGrid, run_in_process
+from simulations.members import Federation
 
 Federate = Callable[..., Federation]
 

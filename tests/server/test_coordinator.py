@@ -22,8 +22,8 @@ from server.archive import RunRecord, open_archive
 from server.asking import MESSAGE_TYPES
 from server.coordinator import Coordinator
 from server.outcome import Outcome, RoundReport
-from simulations.federation import Federation
 from simulations.grid import InProcessGrid
+from simulations.members import Federation
 from tests.witnessed import charges_of, entries_of
 
 Answer = Callable[..., Message]

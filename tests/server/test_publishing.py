@@ -32,7 +32,7 @@ from server.publishing import (
     publish,
     segments_document,
 )
-from simulations.federation import Federation
+from simulations.members import Federation
 
 Federate = Callable[..., Federation]
 RunOverGrid = Callable[..., Outcome]

@@ -33,8 +33,9 @@ from server.evidence import coordinator_evidence
 from server.outcome import Outcome
 from server.publishing import publish
 from simulations.datasets import Dataset
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import FIRST_NODE, Fault, InProcessGrid
+from simulations.members import Federation
 
 RUN = "00c0ffee00c0ffee"
 SUMS = [(CENSUS, 0), (UPDATE, 1), (EVALUATION, 1), (PROFILE, 1)]

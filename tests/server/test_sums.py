@@ -41,8 +41,9 @@ from server.plain_sums import PlainSums
 from server.stages import Patience
 from server.sums import SecureSums
 from simulations.datasets import Dataset
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import FIRST_NODE, InProcessGrid
+from simulations.members import Federation
 from tests.witnessed import new_record, still_head, witness
 
 LENGTH = 7

@@ -24,9 +24,10 @@ from server.app import create_app as create_server_app
 from server.outcome import Outcome
 from simulations.datasets import load
 from simulations.engines import Computing, Engine, _sendable, running
-from simulations.federation import Federation, assemble
+from simulations.federation import assemble
 from simulations.grid import run_in_process
-from simulations.run import run_rounds
+from simulations.members import Federation
+from simulations.rounds import run_rounds
 
 MODES: dict[str, dict[str, dict[str, Any]]] = {
     "distributed": {},

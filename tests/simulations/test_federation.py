@@ -53,11 +53,14 @@ def test_every_merchants_cap_is_the_contracts_epsilon(dataset: Dataset, tmp_path
 def test_a_folder_gives_the_same_tables(dataset: Dataset, folder: Path) -> None:
     """Written and read back, customers and split are the same."""
     expected = tables_of(dataset, dataset.contract)
-    for member in open_federation(folder).members:
-        table = expected[member.merchant]
-        assert list(member.table.customer_ids) == list(table.customer_ids)
-        assert (member.table.held_out == table.held_out).all()
-        assert (member.table.labels == table.labels).all()
+    federation = open_federation(folder)
+    for member in federation.members:
+        table, found = expected[member.merchant], federation.tables[member.merchant]
+        assert list(found.customer_ids) == list(table.customer_ids)
+        assert (found.held_out == table.held_out).all()
+        assert (found.labels == table.labels).all()
+        assert member.worker.customers == len(table.labels)
+        assert member.worker.training_customers == training_customers([table])
 
 
 def test_what_a_simulation_made_waits_for_no_disk(

@@ -29,10 +29,12 @@ from common.wire import Attest, Attested
 from server.outcome import Outcome, RoundReport
 from simulations.datasets import load, write_federation
 from simulations.engines import ENDED, Computing
-from simulations.federation import Federation, assemble, open_federation
+from simulations.federation import assemble, open_federation
 from simulations.grid import FIRST_NODE, InProcessGrid
+from simulations.members import Federation
 from simulations.ray_engine import _Coordinator, _NumberedGrid, refuse_without_ray
-from simulations.run import prepare_folder, run_rounds
+from simulations.rounds import run_rounds
+from simulations.run import prepare_folder
 
 ROOT = Path(__file__).parents[2]
 RAY = Computing("ray", 2)

@@ -25,7 +25,8 @@ from common.contract import Contract
 from common.errors import DataError, RunError
 from common.events import merged, to_document
 from simulations.datasets import Dataset, load, write_federation
-from simulations.federation import Federation, assemble, open_federation
+from simulations.federation import assemble, open_federation
+from simulations.members import Federation
 from simulations.result import RoundRecord, SimulationResult
 from simulations.run import prepare_folder, simulate
 from simulations.tables import summary_lines
@@ -274,7 +275,8 @@ class TestAssignments:
             found = pd.read_parquet(
                 result.bundle.parent / "merchants" / member.merchant / "assignments.parquet"
             )
-            inputs = encode(member.table, contract).astype(np.float32)
+            table = federation.tables[member.merchant]
+            inputs = encode(table, contract).astype(np.float32)
             expected = session.run(None, {"inputs": inputs})[0]
             names = contract.segments.names
             given = found[[f"p_{name}" for name in names]].to_numpy()
@@ -286,7 +288,7 @@ class TestAssignments:
             assert (found["segment_id"] == given.argmax(axis=1)).all()
             assert (found["segment"] == [names[i] for i in found["segment_id"]]).all()
             assert set(found["model_sha256"]) == {bundle.model_sha256}
-            assert list(found["customer"]) == list(member.table.customer_ids)
+            assert list(found["customer"]) == list(table.customer_ids)
 
     def test_they_are_their_owners_only(self, result: SimulationResult) -> None:
         """Nobody else on the machine can read them."""

@@ -1,0 +1,97 @@
+"""Merchants made of arrays: the same as of tables, and nothing that reads tables is needed."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clients.joining import customers_of
+from clients.worker import Customers
+from common.errors import ContractError, DataError
+from common.network import parameters_sha256
+from simulations.datasets import Dataset, load
+from simulations.federation import assemble, tables_of
+from simulations.members import Federation, made_federation
+from simulations.rounds import run_rounds
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Generate three merchants who train for two rounds."""
+    found = load("synthetic", preset="smoke", merchants=3, warm=True)
+    contract = found.contract.revised(training={"rounds": 2, "spare_rounds": 1})
+    return replace(found, contract=contract)
+
+
+@pytest.fixture
+def customers(dataset: Dataset) -> dict[str, Customers]:
+    """Return the merchants' customers as arrays."""
+    tables = tables_of(dataset, dataset.contract)
+    return {name: customers_of(table, dataset.contract) for name, table in tables.items()}
+
+
+def test_arrays_and_tables_end_in_the_same_model(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """With the same seed, in the same bytes."""
+    contract = dataset.contract
+
+    def model(federation: Federation, name: str) -> str:
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        return parameters_sha256(run_rounds(federation, out, lambda _report: None).parameters)
+
+    arrays = made_federation("arrays", customers, contract, tmp_path / "a", 5, dataset.start)
+    assert arrays.tables == {}
+    assert [member.worker.customers for member in arrays.members] == [
+        len(own.labels) for own in customers.values()
+    ]
+    tables = assemble(dataset, contract, tmp_path / "b", 5)
+    assert model(arrays, "a") == model(tables, "b")
+
+
+def test_the_start_is_the_contracts(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """A contract that names parameters does not begin without them; nothing is made."""
+    with pytest.raises(ContractError, match="arrays"):
+        made_federation("arrays", customers, dataset.contract, tmp_path, 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("inputs", lambda a: a[:, 1:], "inputs"),
+        ("inputs", lambda a: a[1:], "one label"),
+        ("inputs", lambda a: np.where(a == a[0, 0], 1.001, a), "between -1 and 1"),
+        ("inputs", lambda a: np.where(a == a[0, 0], np.nan, a), "between -1 and 1"),
+        ("held_out", lambda a: a[1:], "held_out"),
+        ("labels", lambda a: np.full_like(a, 4), "labels from 0 to 3"),
+        ("labels", lambda a: np.full_like(a, -2), "-1 if not known"),
+    ],
+)
+def test_arrays_that_are_no_customers_are_refused(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path, field, change, message
+) -> None:  # fmt: skip
+    """By merchant, before anything is made."""
+    name, own = next(iter(customers.items()))
+    wrong = {**customers, name: replace(own, **{field: change(getattr(own, field))})}
+    with pytest.raises(DataError, match=f"arrays/{name}: .*{message}"):
+        made_federation("arrays", wrong, dataset.contract, tmp_path, 5, dataset.start)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_that_reads_tables_is_imported() -> None:
+    """Neither pandas nor pyarrow, 70 MiB of memory, where arrays are trained on."""
+    script = (
+        "import sys, simulations.members, simulations.rounds\n"
+        "print(sorted({'pandas', 'pyarrow', 'torch', 'opacus'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
