@@ -7,6 +7,7 @@ column is the bias. Both rooms use it; torch is not needed to hold, send or appl
 import hashlib
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,7 +26,7 @@ class Network:
     dims: tuple[int, ...]
     activation: str = "relu"
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of parameters, P."""
         return sum(out * (inp + 1) for inp, out in zip(self.dims, self.dims[1:], strict=False))

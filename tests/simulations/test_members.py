@@ -1,7 +1,9 @@
 """Merchants made of arrays: the same as of tables, and nothing that reads tables is needed."""
 
+import gc
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +85,25 @@ def test_arrays_that_are_no_customers_are_refused(
     with pytest.raises(DataError, match=f"arrays/{name}: .*{message}"):
         made_federation("arrays", wrong, dataset.contract, tmp_path, 5, dataset.start)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_garbage_collection_is_as_it_was(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path, *, breaks: bool
+) -> None:
+    """Seldom while rounds are carried out; afterwards as the caller had it, whatever happened."""
+    before, during = gc.get_threshold(), set()
+    federation = made_federation("a", customers, dataset.contract, tmp_path, 5, dataset.start)
+
+    def on_round(_report: object) -> None:
+        during.add(gc.get_threshold())
+        if breaks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
+        run_rounds(federation, tmp_path, on_round)
+    assert gc.get_threshold() == before
+    assert during == {(20_000, *before[1:])}
 
 
 def test_nothing_that_reads_tables_is_imported() -> None:
