@@ -219,6 +219,7 @@ def gaussian_mu(events: Iterable[Event]) -> float:
     return math.sqrt(_mu_squared(events))
 
 
+@lru_cache(maxsize=1024)
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return epsilon of a Gaussian mechanism with sensitivity / noise = `mu`, rounded up.
 
