@@ -4,6 +4,7 @@ Nothing here knows where customers come from. `simulations.federation` makes the
 whoever has arrays needs neither tables nor what reads them.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from clients.worker import Customers, Worker, os_noise, seeded_noise
 from common.budget import Budget
 from common.contract import Contract
 from common.errors import DataError
-from common.identity import Identity, Members
+from common.identity import MERCHANT_ID, Identity, Members
 from common.ledger import Ledger
 from common.start import starting_parameters
 from server.archive import make_archive
@@ -115,10 +116,15 @@ def made_federation(
 
     Raises:
         ContractError: `start` does not hold the parameters that the contract starts from.
-        DataError: A merchant's arrays are not what the contract's model takes.
+        DataError: An id is none, or a merchant's arrays are not what the contract's model takes.
     """
     starting_parameters(contract, start, f"{name}, what it starts from")
     for merchant, own in customers.items():
+        if not re.fullmatch(MERCHANT_ID, merchant):
+            raise DataError(
+                f"{name}: expected ids of up to 64 letters, digits, dots, underscores and hyphens, "
+                f"got '{merchant[:64]}'"
+            )
         _check(own, contract, f"{name}/{merchant}")
     identities = {merchant: Identity.generate(merchant) for merchant in customers}
     keys = {merchant: identity.public for merchant, identity in identities.items()}
@@ -154,14 +160,17 @@ def made_federation(
 
 def _check(customers: Customers, contract: Contract, source: str) -> None:
     """Raise a DataError unless inputs and labels are what the contract's model takes."""
-    rows, segments = len(customers.labels), len(contract.segments.names)
-    if customers.inputs.shape != (rows, contract.inputs) or customers.held_out.shape != (rows,):
+    labels, segments = customers.labels, len(contract.segments.names)
+    rows = len(labels)
+    shapes = customers.inputs.shape, labels.shape, customers.held_out.shape
+    if shapes != ((rows, contract.inputs), (rows,), (rows,)):
         raise DataError(
             f"{source}: expected {contract.inputs} inputs, one label and one side of the split for "
-            f"each customer, got inputs {customers.inputs.shape}, labels {customers.labels.shape}, "
-            f"held_out {customers.held_out.shape}"
+            f"each customer, got the shapes {', '.join(map(str, shapes))}"
         )
     if not (np.abs(customers.inputs) <= 1.0).all():  # true of no NaN
         raise DataError(f"{source}: expected inputs between -1 and 1, as `clients.features` makes")
-    if not ((customers.labels >= -1) & (customers.labels < segments)).all():
-        raise DataError(f"{source}: expected labels from 0 to {segments - 1}, or -1 if not known")
+    if labels.dtype.kind != "i" or not ((labels >= -1) & (labels < segments)).all():
+        raise DataError(
+            f"{source}: expected integers from 0 to {segments - 1} as labels, or -1 if not known"
+        )

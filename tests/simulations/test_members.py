@@ -71,9 +71,11 @@ def test_the_start_is_the_contracts(
         ("inputs", lambda a: a[1:], "one label"),
         ("inputs", lambda a: np.where(a == a[0, 0], 1.001, a), "between -1 and 1"),
         ("inputs", lambda a: np.where(a == a[0, 0], np.nan, a), "between -1 and 1"),
-        ("held_out", lambda a: a[1:], "held_out"),
-        ("labels", lambda a: np.full_like(a, 4), "labels from 0 to 3"),
+        ("held_out", lambda a: a[1:], "one side of the split"),
+        ("labels", lambda a: np.full_like(a, 4), "integers from 0 to 3"),
         ("labels", lambda a: np.full_like(a, -2), "-1 if not known"),
+        ("labels", lambda a: a.astype(float), "integers"),
+        ("labels", lambda a: a[:, None], "the shapes"),
     ],
 )
 def test_arrays_that_are_no_customers_are_refused(
@@ -83,6 +85,16 @@ def test_arrays_that_are_no_customers_are_refused(
     name, own = next(iter(customers.items()))
     wrong = {**customers, name: replace(own, **{field: change(getattr(own, field))})}
     with pytest.raises(DataError, match=f"arrays/{name}: .*{message}"):
+        made_federation("arrays", wrong, dataset.contract, tmp_path, 5, dataset.start)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_are_no_paths(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """A merchant's folder lies where all merchants' folders lie."""
+    wrong = {"../elsewhere": next(iter(customers.values()))}
+    with pytest.raises(DataError, match=r"arrays: expected ids .*got '\.\./elsewhere'"):
         made_federation("arrays", wrong, dataset.contract, tmp_path, 5, dataset.start)
     assert list(tmp_path.iterdir()) == []
 
