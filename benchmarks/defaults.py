@@ -64,7 +64,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def _model(hidden: int | None) -> dict[str, Any]:
+def model_of(hidden: int | None) -> dict[str, Any]:
     """Return one hidden layer of a width, or a linear model."""
     return {"family": "linear"} if hidden is None else {"family": "mlp", "hidden": [hidden]}
 
@@ -91,7 +91,7 @@ def _data(preset: str, merchants: int, extra: int, seed: int) -> tuple[Contract,
 def _start(preset: str, merchants: int, extra: int, hidden: int | None) -> Any:
     """Return parameters to start from; they depend on the contract's features and model alone."""
     contract, _ = _data(preset, merchants, extra, 0)
-    return pretrained(contract.revised(model=_model(hidden))).parameters
+    return pretrained(contract.revised(model=model_of(hidden))).parameters
 
 
 def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def measure(job: tuple[str, dict[str, Any], str, int, int, int, float]) -> dict[
     training = {"rounds": candidate["rounds"], "learning_rate": candidate["learning_rate"]}
     training["averaging"] = candidate.get("averaging", 0.0)
     contract = contract.revised(
-        model=_model(candidate["hidden"]),
+        model=model_of(candidate["hidden"]),
         training=training,
         privacy={
             "clip_norm": candidate.get("clip_norm", 1.0),
@@ -130,14 +130,33 @@ def _train(
     what: str, contract: Contract, rows: Any, merchants: int, noise: np.random.Generator, first: Any
 ) -> Any:
     """Train; `noise` stands in for the real noise while choosing."""
+    if what not in {"distributed", "local"}:
+        return trained(contract, rows, 1e12, 0.0, noise, first)
+    share = merchants / contract.noise_contributors if what == "distributed" else merchants
+    clip_norm = contract.privacy.clip_norm
+    stddev = plan_of(contract).update.event.noise_multiplier * clip_norm * np.sqrt(share)
+    return trained(contract, rows, clip_norm, stddev, noise, first)
+
+
+def trained(
+    contract: Contract,
+    rows: tuple[np.ndarray, np.ndarray],
+    clip_norm: float,
+    stddev: float,
+    noise: np.random.Generator,
+    first: np.ndarray | None,
+) -> np.ndarray:
+    """Return the model that all steps of a run lead to, taken in one place.
+
+    Args:
+        contract: Says model, optimizer and rounds; one sum over everybody a round.
+        rows: Inputs and labels of everybody.
+        clip_norm: Of a customer's gradient.
+        stddev: Of the noise in a sum.
+        noise: Where it comes from.
+        first: Parameters to start from; None for the contract's own.
+    """
     x, y = rows
-    private = what in {"distributed", "local"}
-    clip_norm = contract.privacy.clip_norm if private else 1e12
-    shares = {"distributed": merchants / contract.noise_contributors, "local": merchants}
-    stddev = 0.0
-    if private:
-        sigma = plan_of(contract).update.event.noise_multiplier
-        stddev = sigma * clip_norm * np.sqrt(shares[what])
     first = initial_parameters(contract) if first is None else first
     optimizer = Optimizer(contract.training, first)
     network = network_of(contract)

@@ -308,7 +308,7 @@ class Crowd:
         """Return about how many customers are trained on."""
         return self.merchants * self.customers * (1.0 - self._held_out)
 
-    def _stddev(self, release: Release) -> float:
+    def stddev(self, release: Release) -> float:
         """Return the noise in each number of a sum over all merchants."""
         shares = max(self.merchants, self.contract.min_survivors)
         spread = math.sqrt(shares / self.contract.noise_contributors)
@@ -317,7 +317,7 @@ class Crowd:
     @property
     def noise(self) -> float:
         """Return the noise in each number of the averaged gradient of one step."""
-        return self._stddev(plan_of(self.contract).update) / self._batch
+        return self.stddev(plan_of(self.contract).update) / self._batch
 
     @property
     def _batch(self) -> float:
@@ -354,7 +354,7 @@ class Crowd:
         too few for any accuracy to be published.
         """
         segments = len(self.contract.segments.names)
-        stddev = self._stddev(plan_of(self.contract).final_evaluation)
+        stddev = self.stddev(plan_of(self.contract).final_evaluation)
         total = self.merchants * self.customers * self._held_out
         if total < _TOO_FEW * stddev * segments:
             return None
@@ -371,7 +371,7 @@ class Crowd:
         profile = plan_of(self.contract).profile
         if profile is None:
             return None
-        stddev = self._stddev(profile) / math.sqrt(0.5)
+        stddev = self.stddev(profile) / math.sqrt(0.5)
         return min(_TOO_FEW * stddev / (self.merchants * self.customers), 1.0)
 
 

@@ -138,3 +138,17 @@ def test_assign(tmp_path: Path) -> None:
     assert [run["rows"] for run in found["command"]] == [2000, 20_000]
     assert found["peak_mib"] == found["command"][1]["peak_mib"]
     assert [path.name for path in tmp_path.iterdir()] == ["assign.json"]
+
+
+@pytest.mark.slow
+def test_verdict(tmp_path: Path) -> None:
+    """Every training in one group by signal over noise, in one JSON document."""
+    document = tmp_path / "verdict.json"
+    command = [sys.executable, "-m", "benchmarks.verdict", "--quick", "--seeds", "1"]
+    subprocess.run([*command, "--json", str(document)], cwd=ROOT, check=True, timeout=500)
+    found = json.loads(document.read_text(encoding="utf-8"))
+    assert len(found["trainings"]) == 24
+    rows = [*found["from_nothing"], *found["from_a_start"]]
+    assert sum(row["trainings"] for row in rows) == 24
+    assert all(0 <= row["better_than_begun"] <= 1 for row in rows)
+    assert all(-1 < row["gained"] < 1 for row in rows)

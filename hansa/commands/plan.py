@@ -24,10 +24,15 @@ _SAID = {
     "segment of last period.",
     "good": "The noise costs little: expect nearly what the same training would reach without it.",
 }
-_PRETRAINED = (
-    "  This was measured without a start. The contract has one (model.start); the louder the "
-    "noise, the more a start helps."
-)
+_SAID_FROM_A_START = {
+    "drowned": "Noise drowns what is learned: expect a model a little worse than the contract's "
+    "start (model.start), which costs nobody privacy. Use that as it is, or ask for more "
+    "merchants, more customers or a larger epsilon.",
+    "weak": "The noise can be seen: expect a model about as good as the contract's start "
+    "(model.start), which costs nobody privacy.",
+    "good": "The noise costs little: expect a model that is better than the contract's start "
+    "(model.start), nearly by what the same training would add without noise.",
+}
 
 
 @dataclass(frozen=True)
@@ -244,6 +249,7 @@ def _quality_lines(quality: dict[str, Any] | None) -> list[str]:
     if quality is None:
         return ["add --customers to see what quality to expect"]
     error, smallest = quality["accuracy_error"], quality["smallest_segment"]
+    said = _SAID_FROM_A_START if quality["pretrained"] else _SAID
     lines = [
         f"{counted(quality['merchants'], 'merchant')} with "
         f"{counted(quality['customers'], 'customer')} each, about "
@@ -252,8 +258,7 @@ def _quality_lines(quality: dict[str, Any] | None) -> list[str]:
         f"{number(quality['noise_norm'])} in all; the clip norm is {number(quality['clip_norm'])}",
         f"  signal over noise {number(quality['ratio'])} in a round, "
         f"{number(quality['run_ratio'])} in the whole run: {quality['verdict']}",
-        f"  {_SAID[quality['verdict']]}",
-        *([_PRETRAINED] if quality["pretrained"] else []),
+        f"  {said[quality['verdict']]}",
         "  accuracy: too few held-out customers to publish one"
         if error is None
         else f"  accuracy published with a noise of {percent(error)} either way",

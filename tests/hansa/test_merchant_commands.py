@@ -282,13 +282,22 @@ class TestPlan:
         assert "too few held-out customers" in text
 
     def test_a_start(self, fed: Path, tmp_path: Path) -> None:
-        """Where the contract has one, the plan says that its verdict was measured without."""
+        """Where the contract has one, the plan says what training adds to it."""
         contract = read_contract(fed / "contract.toml")
         for start, told in (("0" * 64, True), (None, False)):
             path = tmp_path / "contract.toml"
             path.write_text(contract_toml(contract.revised("other", model={"start": start})))
-            text = hansa("merchant", "plan", path, "--customers", 5).output
-            assert ("the louder the noise, the more a start helps" in text) == told
+            said = {}
+            for customers in (5, 500, 5000):
+                text = hansa("merchant", "plan", path, "--customers", customers).output
+                verdict = re.search(r"in the whole run: (\w+)", text)
+                assert verdict is not None
+                said[verdict[1]] = text
+            assert ("a little worse than the contract's start" in said["drowned"]) == told
+            assert ("about as good as the contract's start" in said["weak"]) == told
+            assert ("better than the contract's start" in said["good"]) == told
+            for text in (said["drowned"], said["weak"]):
+                assert ("last period" in text) != told
 
     def test_no_customer_is_read(self, fed: Path, shop: Path) -> None:
         """The table need not be there."""
