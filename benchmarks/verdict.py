@@ -1,6 +1,6 @@
 """What the verdict of `hansa merchant plan` rests on: how much of a model noise leaves over.
 
-    python -m benchmarks.verdict --json FILE [--seeds 2]
+    python -m benchmarks.verdict --json FILE [--seeds 2] [--quick]
 
 Federations of generated customers (`value4`) of many sizes, budgets and lengths are trained in one
 place with the noise that a sum over everybody would hold, and once without noise. Each has the
@@ -10,11 +10,13 @@ it. Models start from nothing, or from parameters out of a textbook (`hansa pret
 - `gained`: accuracy, on customers that nobody trained on, above where training begins: the most
   common segment, or the start unchanged. `gained_without_noise`: the same without noise. Means.
 - `better_than_last_period`: share of the models that are better than the segment of last period.
-- `better_than_begun`: share of the models that are better than where training began.
+- `better_than_begun`, `as_good_as_begun`: share of the models that are better than where training
+  began, or at least as good.
 """
 
 import argparse
 import json
+import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -39,7 +41,6 @@ MERCHANTS, CUSTOMERS = (5, 20, 100), (50, 200, 1000)
 EPSILONS, ROUNDS = (0.25, 1.0, 4.0), (20, 60)
 # hidden width (None: linear), whether it starts from parameters, learning rate
 MODELS = ((None, False, 0.1), (32, False, 0.1), (128, False, 0.1), (128, True, 0.01))
-EDGES = (DROWNED / 4, DROWNED / 2, DROWNED, WEAK / 2, WEAK, 2 * WEAK)
 
 Job = tuple[int, int, float, int, tuple[int | None, bool, float], int]
 
@@ -65,35 +66,37 @@ def measure(job: Job) -> dict[str, Any]:
     """Train one federation's model with and without noise."""
     merchants, customers, epsilon, rounds, (hidden, warm, rate), seed = job
     contract, (x, y, previous, test) = _data(merchants, customers, seed)
-    train = int((~test).sum())
     contract = contract.revised(
         model=model_of(hidden),
         training={"rounds": rounds, "learning_rate": rate},
-        privacy={"epsilon": epsilon, "delta": public_delta(train)},
+        privacy={"epsilon": epsilon, "delta": public_delta(int((~test).sum()))},
     )
-    crowd, first = Crowd(contract, merchants, customers), _start(hidden) if warm else None
+    crowd, network = Crowd(contract, merchants, customers), network_of(contract)
+    first = _start(hidden) if warm else None
 
     def accuracy(labels: np.ndarray) -> float:
         return float((labels == y[test]).mean())
 
-    def model(stddev: float) -> float:
+    def after(stddev: float) -> float:
         rows, noise = (x[~test], y[~test]), np.random.default_rng(seed)
         theta = trained(contract, rows, contract.privacy.clip_norm, stddev, noise, first)
-        return accuracy(network_of(contract).predictions(theta, x[test]))
+        return accuracy(network.predictions(theta, x[test]))
 
-    common = accuracy(np.full(len(y), np.bincount(y[~test]).argmax())[test])
-    begun = accuracy(network_of(contract).predictions(first, x[test])) if warm else common
+    begun = np.full(int(test.sum()), np.bincount(y[~test]).argmax())
+    if first is not None:
+        begun = network.predictions(first, x[test])
     return {
         "merchants": merchants,
         "customers": customers,
         "epsilon": epsilon,
         "rounds": rounds,
         "model": f"{hidden or 'linear'}{' from a start' if warm else ''}",
+        "learning_rate": rate,
         "seed": seed,
         "run_ratio": crowd.run_ratio,
-        "private": model(crowd.stddev(plan_of(contract).update)),
-        "open": model(0.0),
-        "begun": begun,
+        "private": after(crowd.stddev(plan_of(contract).update)),
+        "without_noise": after(0.0),
+        "begun": accuracy(begun),
         "last_period": accuracy(previous[test]),
     }
 
@@ -101,22 +104,24 @@ def measure(job: Job) -> dict[str, Any]:
 def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Group trainings by signal over noise."""
     rows = []
-    for low, high in pairwise([0.0, *EDGES, float("inf")]):
+    for low, high in pairwise([0.0, DROWNED, WEAK, math.inf]):
         mine = [one for one in found if low <= one["run_ratio"] < high]
         if mine:
-            private, without = (
+            gained, without = (
                 float(np.mean([one[name] - one["begun"] for one in mine]))
-                for name in ("private", "open")
+                for name in ("private", "without_noise")
             )
-            row = {"from": low, "to": high if high < float("inf") else None, "trainings": len(mine)}
-            row |= {"gained": private, "gained_without_noise": without}
+            row = {"from": low, "to": high if high < math.inf else None, "trainings": len(mine)}
+            row |= {"gained": gained, "gained_without_noise": without}
+            row |= {"ratio": gained / without if without > 0 else None}
             row |= {f"better_than_{name}": _share(mine, name) for name in ("last_period", "begun")}
-            rows.append(row)
+            rows.append({**row, "as_good_as_begun": _share(mine, "begun", equal=True)})
     return rows
 
 
-def _share(found: list[dict[str, Any]], other: str) -> float:
-    return float(np.mean([one["private"] > one[other] for one in found]))
+def _share(found: list[dict[str, Any]], other: str, *, equal: bool = False) -> float:
+    above = [one["private"] - one[other] for one in found]
+    return float(np.mean([x > 0 or (equal and x == 0) for x in above]))
 
 
 def main() -> None:

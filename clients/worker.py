@@ -102,6 +102,20 @@ class Customers:
         return np.ascontiguousarray(self.inputs[chosen]), self.labels[chosen]
 
 
+def refuse_too_many(customers: int, contract: Contract) -> None:
+    """Raise a DataError about more customers than proof and ring have room for."""
+    if customers > MAX_SUMMANDS:
+        raise DataError(
+            f"{customers:,} customers are more than the {MAX_SUMMANDS:,} that the bound on "
+            "summation error covers; divide them over several merchants"
+        )
+    if customers > contract.aggregation.max_customers:
+        raise DataError(
+            f"{customers:,} customers are more than the contract has room for "
+            f"(aggregation.max_customers = {contract.aggregation.max_customers:,})"
+        )
+
+
 def os_noise(_stage: str, _round: int, _attempt: int) -> NoiseSource:
     """Return a fresh stream keyed by the operating system: the source of every real merchant."""
     return NoiseSource.fresh()
@@ -163,16 +177,7 @@ class Worker:
         self._everyone = customers.inputs
         self._gradient_sum = _engine(contract)
         self._contract_sha256 = contract.sha256
-        if len(customers.labels) > MAX_SUMMANDS:
-            raise DataError(
-                f"{len(customers.labels):,} customers are more than the {MAX_SUMMANDS:,} that the "
-                "bound on summation error covers; divide them over several merchants"
-            )
-        if len(customers.labels) > contract.aggregation.max_customers:
-            raise DataError(
-                f"{len(customers.labels):,} customers are more than the contract has room for "
-                f"(aggregation.max_customers = {contract.aggregation.max_customers:,})"
-            )
+        refuse_too_many(len(customers.labels), contract)
         if contract.aggregation.secure and secure is None:
             raise PolicyError("the contract's sums are secure: this merchant needs its identity")
         if contract.training.engine == "opacus":  # our kernel knows no other layers than ours

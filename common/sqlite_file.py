@@ -4,7 +4,6 @@ Used by the ledger and by its witness. A transaction holds SQLite's write lock f
 that what it reads holds until it has written; of several threads one at a time is in it.
 """
 
-import os
 import sqlite3
 import threading
 import time
@@ -135,5 +134,5 @@ class SqliteFile:
 
 def _file_at(path: Path) -> tuple[int, int]:
     """Return what tells a file from another one that is put at its path."""
-    stat = os.stat(path)
+    stat = path.stat()
     return stat.st_dev, stat.st_ino

@@ -14,7 +14,7 @@ import numpy as np
 
 from clients.secure_party import SecureParty
 from clients.session_store import FileStore, MemoryStore, SessionStore
-from clients.worker import Customers, Worker, os_noise, seeded_noise
+from clients.worker import Customers, Worker, os_noise, refuse_too_many, seeded_noise
 from common.budget import Budget
 from common.contract import Contract
 from common.errors import DataError
@@ -116,7 +116,8 @@ def made_federation(
 
     Raises:
         ContractError: `start` does not hold the parameters that the contract starts from.
-        DataError: An id is none, or a merchant's arrays are not what the contract's model takes.
+        DataError: An id is none, a merchant's arrays are not what the contract's model takes, or
+            it has more customers than the contract has room for. Nothing is made.
     """
     starting_parameters(contract, start, f"{name}, what it starts from")
     for merchant, own in customers.items():
@@ -159,7 +160,8 @@ def made_federation(
 
 
 def _check(customers: Customers, contract: Contract, source: str) -> None:
-    """Raise a DataError unless inputs and labels are what the contract's model takes."""
+    """Raise a DataError unless customers are what the contract's model takes."""
+    refuse_too_many(len(customers.labels), contract)
     labels, segments = customers.labels, len(contract.segments.names)
     rows = len(labels)
     shapes = customers.inputs.shape, labels.shape, customers.held_out.shape
@@ -168,9 +170,10 @@ def _check(customers: Customers, contract: Contract, source: str) -> None:
             f"{source}: expected {contract.inputs} inputs, one label and one side of the split for "
             f"each customer, got the shapes {', '.join(map(str, shapes))}"
         )
+    kinds = customers.inputs.dtype.kind, labels.dtype.kind, customers.held_out.dtype.kind
+    if kinds not in {("f", "i", "b"), ("f", "u", "b")}:
+        raise DataError(f"{source}: expected inputs as float, labels as integer, held_out as bool")
     if not (np.abs(customers.inputs) <= 1.0).all():  # true of no NaN
         raise DataError(f"{source}: expected inputs between -1 and 1, as `clients.features` makes")
-    if labels.dtype.kind != "i" or not ((labels >= -1) & (labels < segments)).all():
-        raise DataError(
-            f"{source}: expected integers from 0 to {segments - 1} as labels, or -1 if not known"
-        )
+    if not ((labels >= -1) & (labels < segments)).all():
+        raise DataError(f"{source}: expected labels from 0 to {segments - 1}, or -1 if not known")

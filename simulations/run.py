@@ -106,7 +106,9 @@ def simulate(
     fault: Fault | None = None,
     computing: Computing = COHORT,
 ) -> SimulationResult:
-    """Run the federation and write bundle and assignments under `out`.
+    """Run the federation and write bundle, evidence and assignments under `out`.
+
+    Merchants that were made of arrays have no tables, and assign nobody.
 
     Raises:
         DataError: No merchant has a customer to train on.
@@ -117,9 +119,10 @@ def simulate(
     began = time.monotonic()
     contract = federation.contract
     if not any(member.worker.training_customers for member in federation.members):
+        hint = f"; is segments.column = '{contract.segments.column}' right?"
         raise DataError(
-            f"{federation.data}: no merchant has a customer with a known segment to train on; is "
-            f"segments.column = '{contract.segments.column}' right?"
+            f"{federation.data}: no merchant has a customer with a known segment to train on"
+            f"{hint if federation.tables else ''}"
         )
     records: list[RoundRecord] = []
 
@@ -185,7 +188,7 @@ def _round_record(report: RoundReport, segments: int) -> RoundRecord:
 
 
 def _assign_everywhere(federation: Federation, out: Path) -> None:
-    """Let every merchant assign its own customers, also those that refused to train."""
+    """Let every merchant that has a table assign its customers, also those that did not train."""
     bundle = read_bundle(out / "bundle")
     for merchant, table in federation.tables.items():
         write_assignments(bundle, in_batches(table), out / "merchants" / merchant)

@@ -32,7 +32,8 @@ from simulations.sweep_cell import (
 )
 
 _LOCK, _RUNNING = ".lock", ".running-"
-_AHEAD = ["simulations.sweep_cell", "simulations.run"]  # imported once, before runs are forked
+# imported once, before runs are forked
+_AHEAD = ["simulations.sweep_cell", "simulations.federation", "simulations.run"]
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 OnRecord = Callable[[Cell, Record], None]

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.peers.workload import Workload
 from benchmarks.simulation import write_workload
 from benchmarks.simulation_ours import customers_of
+from benchmarks.verdict import table
 from tests.deployed.stack import OFFLINE
 
 ROOT = Path(__file__).parent.parent
@@ -150,5 +151,26 @@ def test_verdict(tmp_path: Path) -> None:
     assert len(found["trainings"]) == 24
     rows = [*found["from_nothing"], *found["from_a_start"]]
     assert sum(row["trainings"] for row in rows) == 24
-    assert all(0 <= row["better_than_begun"] <= 1 for row in rows)
-    assert all(-1 < row["gained"] < 1 for row in rows)
+    loud = [one for one in found["trainings"] if one["run_ratio"] < 1]
+    assert any(one["private"] != one["without_noise"] for one in loud)
+
+
+def test_verdicts_table() -> None:
+    """A group's bounds, means, ratio, and who is better or as good, of trainings made by hand."""
+
+    def training(ratio: float, private: float, without: float) -> dict[str, float]:
+        told = {"run_ratio": ratio, "private": private, "without_noise": without}
+        return {**told, "begun": 0.5, "last_period": 0.6}
+
+    found = [training(3.9, 0.4, 0.5), training(4.0, 0.5, 0.6), training(19.9, 0.7, 0.8)]
+    drowned, weak = table(found)
+    assert (drowned["from"], drowned["to"], drowned["trainings"]) == (0, 4, 1)
+    assert drowned["gained"] == pytest.approx(-0.1)
+    assert drowned["ratio"] is None
+    assert (weak["from"], weak["to"], weak["trainings"]) == (4, 20, 2)
+    assert weak["gained"] == pytest.approx(0.1)
+    assert weak["gained_without_noise"] == pytest.approx(0.2)
+    assert weak["ratio"] == pytest.approx(0.5)
+    assert (weak["better_than_begun"], weak["as_good_as_begun"]) == (0.5, 1.0)
+    assert weak["better_than_last_period"] == 0.5
+    assert table([training(20.0, 0.7, 0.8)])[0]["to"] is None

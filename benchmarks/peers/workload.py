@@ -34,6 +34,8 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, merchant: int) -> np.ndarray:
+        if not 0 <= merchant < len(self):
+            raise IndexError(f"there are {len(self)} merchants, none is {merchant}")
         part = self.shape[1:]
         count = int(np.prod(part))
         start = self._start + int(merchant) * count * self._dtype.itemsize

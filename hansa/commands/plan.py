@@ -25,11 +25,11 @@ _SAID = {
     "good": "The noise costs little: expect nearly what the same training would reach without it.",
 }
 _SAID_FROM_A_START = {
-    "drowned": "Noise drowns what is learned: expect a model a little worse than the contract's "
-    "start (model.start), which costs nobody privacy. Use that as it is, or ask for more "
-    "merchants, more customers or a larger epsilon.",
+    "drowned": "There are too few customers for this noise: expect a model no better than the "
+    "contract's start (model.start), for which this run pays nothing. Use that as it is, or ask "
+    "for more merchants or more customers.",
     "weak": "The noise can be seen: expect a model about as good as the contract's start "
-    "(model.start), which costs nobody privacy.",
+    "(model.start), for which this run pays nothing.",
     "good": "The noise costs little: expect a model that is better than the contract's start "
     "(model.start), nearly by what the same training would add without noise.",
 }

@@ -293,7 +293,7 @@ class TestPlan:
                 verdict = re.search(r"in the whole run: (\w+)", text)
                 assert verdict is not None
                 said[verdict[1]] = text
-            assert ("a little worse than the contract's start" in said["drowned"]) == told
+            assert ("no better than the contract's start" in said["drowned"]) == told
             assert ("about as good as the contract's start" in said["weak"]) == told
             assert ("better than the contract's start" in said["good"]) == told
             for text in (said["drowned"], said["weak"]):

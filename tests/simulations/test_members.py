@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.simulation import write_workload
 from clients.joining import customers_of
 from clients.worker import Customers
 from common.errors import ContractError, DataError
@@ -18,6 +19,9 @@ from simulations.datasets import Dataset, load
 from simulations.federation import assemble, tables_of
 from simulations.members import Federation, made_federation
 from simulations.rounds import run_rounds
+from simulations.run import simulate
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +76,13 @@ def test_the_start_is_the_contracts(
         ("inputs", lambda a: np.where(a == a[0, 0], 1.001, a), "between -1 and 1"),
         ("inputs", lambda a: np.where(a == a[0, 0], np.nan, a), "between -1 and 1"),
         ("held_out", lambda a: a[1:], "one side of the split"),
-        ("labels", lambda a: np.full_like(a, 4), "integers from 0 to 3"),
+        ("labels", lambda a: np.full_like(a, 4), "labels from 0 to 3"),
         ("labels", lambda a: np.full_like(a, -2), "-1 if not known"),
-        ("labels", lambda a: a.astype(float), "integers"),
+        ("labels", lambda a: a.astype(float), "labels as integer"),
+        ("held_out", lambda a: a.astype(int), "held_out as bool"),
+        ("held_out", lambda a: np.full(a.shape, "no"), "held_out as bool"),
+        ("inputs", lambda a: a.astype(complex), "inputs as float"),
+        ("inputs", lambda a: a.astype(object), "inputs as float"),
         ("labels", lambda a: a[:, None], "the shapes"),
     ],
 )
@@ -99,32 +107,93 @@ def test_ids_are_no_paths(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_unsigned_labels_are_labels(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """Of any size that numpy has, where all are known."""
+    known = {
+        name: Customers(own.inputs, np.maximum(own.labels, 0).astype(np.uint8), own.held_out)
+        for name, own in customers.items()
+    }
+    federation = made_federation("a", known, dataset.contract, tmp_path, 5, dataset.start)
+    for member, own in zip(federation.members, known.values(), strict=True):
+        assert member.worker.training_customers == (~own.held_out).sum()
+
+
+def test_too_many_customers(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """More than the contract has room for: before anything is made."""
+    contract = dataset.contract.revised(aggregation={"max_customers": 10})
+    with pytest.raises(DataError, match="more than the contract has room for"):
+        made_federation("arrays", customers, contract, tmp_path, 5, dataset.start)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_simulation_of_arrays(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """Bundle, evidence and result as of any; nobody is assigned where there are no tables."""
+    out = tmp_path / "out"
+    federation = made_federation("a", customers, dataset.contract, out, 5, dataset.start)
+    result = simulate(federation, out, lambda _record, _rounds: None)
+    assert [one.customers for one in result.merchants] == [
+        len(own.labels) for own in customers.values()
+    ]
+    assert 0 < result.epsilon <= dataset.contract.privacy.epsilon
+    assert (result.bundle / "model.safetensors").is_file()
+    assert len(list((out / "evidence" / "merchants").iterdir())) == len(customers)
+    assert not list(out.rglob("assignments*"))
+
+
+def test_nobody_to_train_on(
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path
+) -> None:
+    """Of arrays no column is spoken of."""
+    none = {n: replace(own, labels=np.full_like(own.labels, -1)) for n, own in customers.items()}
+    federation = made_federation("a", none, dataset.contract, tmp_path, 5, dataset.start)
+    with pytest.raises(DataError, match="a: no merchant has a customer with a known") as told:
+        simulate(federation, tmp_path, lambda _record, _rounds: None)
+    assert "column" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "during"), [(700, 20_000), (0, 0), (50_000, 50_000)], ids=["usual", "off", "more"]
+)
 @pytest.mark.parametrize("breaks", [False, True])
 def test_garbage_collection_is_as_it_was(
-    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path, *, breaks: bool
-) -> None:
+    dataset: Dataset, customers: dict[str, Customers], tmp_path: Path, breaks, own, during
+) -> None:  # fmt: skip
     """Seldom while rounds are carried out; afterwards as the caller had it, whatever happened."""
-    before, during = gc.get_threshold(), set()
+    before, found = gc.get_threshold(), set()
     federation = made_federation("a", customers, dataset.contract, tmp_path, 5, dataset.start)
 
     def on_round(_report: object) -> None:
-        during.add(gc.get_threshold())
+        found.add(gc.get_threshold())
         if breaks:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
-        run_rounds(federation, tmp_path, on_round)
-    assert gc.get_threshold() == before
-    assert during == {(20_000, *before[1:])}
+    gc.set_threshold(own, *before[1:])
+    try:
+        with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
+            run_rounds(federation, tmp_path, on_round)
+        assert gc.get_threshold() == (own, *before[1:])
+    finally:
+        gc.set_threshold(*before)
+    assert found == {(during, *before[1:])}
 
 
-def test_nothing_that_reads_tables_is_imported() -> None:
-    """Neither pandas nor pyarrow, 70 MiB of memory, where arrays are trained on."""
+def test_nothing_that_reads_tables_is_imported(tmp_path: Path) -> None:
+    """Neither pandas nor pyarrow, 70 MiB of memory, where a run is carried out on arrays."""
+    write_workload(tmp_path, merchants=3, rows=70, rounds=2, cohort=3)
     script = (
-        "import sys, simulations.members, simulations.rounds\n"
+        "import sys\n"
+        "from benchmarks.simulation_ours import main\n"
+        f"sys.argv[1:] = ['engine', {str(tmp_path)!r}]\n"
+        "main()\n"
         "print(sorted({'pandas', 'pyarrow', 'torch', 'opacus'} & sys.modules.keys()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
