@@ -34,6 +34,8 @@ over the rounds of a process, then median, least and most over the turns.
 - `secure_sums_cpu_s`: CPU of `ours_masked`, less that of `ours`: what secure sums cost a round.
 - `first_round_s`, `peak_mib`: of `ours`: wall time from the start of Python to the end of the
   first round; memory.
+- `first_process`: the same of a process before all turns, which compiles the loops where none are
+  kept from an earlier one. It is in no other figure.
 """
 
 import argparse
@@ -268,8 +270,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hansa-") as scratch:
         noise = write_workload(Path(scratch), *sizes)
         peers = None if chosen.peers is None else chosen.peers.absolute()
+        before = run_once("ours", sys.executable, Path(scratch))
         results = measure(Path(scratch), names, peers, chosen.turns)
     found = summary(*results)
+    found["first_process"] = {name: before[name] for name in ("first_round_s", "peak_mib")}
     found["workload"] = {
         **dict(zip(("merchants", "rows", "rounds", "cohort"), sizes, strict=True)),
         "noise_multiplier_ours": noise,

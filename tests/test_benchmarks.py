@@ -63,6 +63,7 @@ def test_simulation(tmp_path: Path) -> None:
     figures = {"cpu_ratio_to_plain", "first_round_s", "peak_mib"}
     assert {*figures, "engine_overhead", "secure_sums_cpu_s"} <= found.keys()
     assert all(found[name] > 0 for name in figures)
+    assert all(found["first_process"][name] > 0 for name in ("first_round_s", "peak_mib"))
     rows = found["systems"]
     assert rows.keys() == {"ours", "ours_masked", "ours_core_alike", "plain"}
     assert all(row["cpu_s"]["min"] > 0 and row["peak_mib"]["min"] > 10 for row in rows.values())
