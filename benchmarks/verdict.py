@@ -8,7 +8,8 @@ place with the noise that a sum over everybody would hold, and once without nois
 it. Models start from nothing, or from parameters out of a textbook (`hansa pretrain`).
 
 - `gained`: accuracy, on customers that nobody trained on, above where training begins: the most
-  common segment, or the start unchanged. `gained_without_noise`: the same without noise. Means.
+  common segment, or the start unchanged. `gained_without_noise`: the same without noise. Means,
+  and their `ratio` where the latter is above zero.
 - `better_than_last_period`: share of the models that are better than the segment of last period.
 - `better_than_begun`, `as_good_as_begun`: share of the models that are better than where training
   began, or at least as good.
@@ -82,9 +83,11 @@ def measure(job: Job) -> dict[str, Any]:
         theta = trained(contract, rows, contract.privacy.clip_norm, stddev, noise, first)
         return accuracy(network.predictions(theta, x[test]))
 
-    begun = np.full(int(test.sum()), np.bincount(y[~test]).argmax())
+    majority = np.bincount(y[~test]).argmax()
+    begun = np.full(int(test.sum()), majority)
     if first is not None:
         begun = network.predictions(first, x[test])
+    last_period = np.where(previous >= 0, previous, majority)[test]
     return {
         "merchants": merchants,
         "customers": customers,
@@ -97,7 +100,7 @@ def measure(job: Job) -> dict[str, Any]:
         "private": after(crowd.stddev(plan_of(contract).update)),
         "without_noise": after(0.0),
         "begun": accuracy(begun),
-        "last_period": accuracy(previous[test]),
+        "last_period": accuracy(last_period),
     }
 
 
@@ -111,11 +114,19 @@ def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 float(np.mean([one[name] - one["begun"] for one in mine]))
                 for name in ("private", "without_noise")
             )
-            row = {"from": low, "to": high if high < math.inf else None, "trainings": len(mine)}
-            row |= {"gained": gained, "gained_without_noise": without}
-            row |= {"ratio": gained / without if without > 0 else None}
-            row |= {f"better_than_{name}": _share(mine, name) for name in ("last_period", "begun")}
-            rows.append({**row, "as_good_as_begun": _share(mine, "begun", equal=True)})
+            rows.append(
+                {
+                    "from": low,
+                    "to": high if high < math.inf else None,
+                    "trainings": len(mine),
+                    "gained": gained,
+                    "gained_without_noise": without,
+                    "ratio": gained / without if without > 0 else None,
+                    "better_than_last_period": _share(mine, "last_period"),
+                    "better_than_begun": _share(mine, "begun"),
+                    "as_good_as_begun": _share(mine, "begun", equal=True),
+                }
+            )
     return rows
 
 

@@ -102,18 +102,19 @@ class Customers:
         return np.ascontiguousarray(self.inputs[chosen]), self.labels[chosen]
 
 
-def refuse_too_many(customers: int, contract: Contract) -> None:
-    """Raise a DataError about more customers than proof and ring have room for."""
+def too_many(customers: int, contract: Contract) -> str:
+    """Return why proof or ring have no room for so many customers, or nothing."""
     if customers > MAX_SUMMANDS:
-        raise DataError(
+        return (
             f"{customers:,} customers are more than the {MAX_SUMMANDS:,} that the bound on "
             "summation error covers; divide them over several merchants"
         )
     if customers > contract.aggregation.max_customers:
-        raise DataError(
+        return (
             f"{customers:,} customers are more than the contract has room for "
             f"(aggregation.max_customers = {contract.aggregation.max_customers:,})"
         )
+    return ""
 
 
 def os_noise(_stage: str, _round: int, _attempt: int) -> NoiseSource:
@@ -177,7 +178,9 @@ class Worker:
         self._everyone = customers.inputs
         self._gradient_sum = _engine(contract)
         self._contract_sha256 = contract.sha256
-        refuse_too_many(len(customers.labels), contract)
+        reason = too_many(len(customers.labels), contract)
+        if reason:
+            raise DataError(reason)
         if contract.aggregation.secure and secure is None:
             raise PolicyError("the contract's sums are secure: this merchant needs its identity")
         if contract.training.engine == "opacus":  # our kernel knows no other layers than ours

@@ -57,6 +57,7 @@ def assemble(dataset: Dataset, contract: Contract, folder: Path, seed: int | Non
 
     Raises:
         ContractError: The data set does not hold the parameters that the contract starts from.
+        DataError: A merchant's table cannot be used, or has more customers than there is room for.
     """
     tables = tables_of(dataset, contract)
     customers = {merchant: customers_of(table, contract) for merchant, table in tables.items()}

@@ -14,7 +14,7 @@ import numpy as np
 
 from clients.secure_party import SecureParty
 from clients.session_store import FileStore, MemoryStore, SessionStore
-from clients.worker import Customers, Worker, os_noise, refuse_too_many, seeded_noise
+from clients.worker import Customers, Worker, os_noise, seeded_noise, too_many
 from common.budget import Budget
 from common.contract import Contract
 from common.errors import DataError
@@ -161,9 +161,11 @@ def made_federation(
 
 def _check(customers: Customers, contract: Contract, source: str) -> None:
     """Raise a DataError unless customers are what the contract's model takes."""
-    refuse_too_many(len(customers.labels), contract)
     labels, segments = customers.labels, len(contract.segments.names)
     rows = len(labels)
+    reason = too_many(rows, contract)
+    if reason:
+        raise DataError(f"{source}: {reason}")
     shapes = customers.inputs.shape, labels.shape, customers.held_out.shape
     if shapes != ((rows, contract.inputs), (rows,), (rows,)):
         raise DataError(

@@ -125,7 +125,10 @@ def test_too_many_customers(
 ) -> None:
     """More than the contract has room for: before anything is made."""
     contract = dataset.contract.revised(aggregation={"max_customers": 10})
-    with pytest.raises(DataError, match="more than the contract has room for"):
+    with pytest.raises(
+        DataError,
+        match=r"arrays/merchant-0000: \d+ customers are more than the contract has room for",
+    ):
         made_federation("arrays", customers, contract, tmp_path, 5, dataset.start)
     assert list(tmp_path.iterdir()) == []
 
